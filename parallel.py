@@ -1,0 +1,664 @@
+"""How it is split: the process grid, column/row-parallel layers, ZeRO-1, layout-free checkpoints.
+
+One idea carries it: every rank owns its own images. The residual stream of a rank holds that rank's
+images only, inside a tensor-parallel group too, so norms, dropout, residuals, patch embedding, head
+and loss are never computed twice and need no shared random stream. Half a transformer block is
+
+    x[b,S,D] -> norm -> f -> [t*b,S,D] -> column-parallel -> [t*b,S,F/t]
+             -> row-parallel partial sums -> g -> [b,S,D] + bias -> dropout -> + x
+
+    f  all-gather of the images over tp       (backward: reduce-scatter)
+    g  reduce-scatter of the images over tp   (backward: all-gather)
+
+which moves the same bytes as Megatron's two all-reduces per half (arXiv:1909.08053), as its
+sequence parallelism does (arXiv:2205.05198), with the images as the dimension that is split.
+
+Because every rank sees different images, the gradient of a replicated weight is a sum over all
+ranks, and that of a tensor-parallel shard, which has seen the images of its whole tp group, is a
+sum over the dp ranks only. The loss is a sum over images divided by the global batch, so every
+reduction here is a plain sum.
+
+Letters: b images of this rank's micro-batch, S tokens, D hidden size, F the wide dimension,
+t = tp size, N = size of the group that shares a bucket; `_local` and `/t` mark shards.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+
+
+# ----------------------------------------------------------------------------- the process grid
+@dataclass(frozen=True)
+class Axis:
+    """One direction of the process grid, seen from this rank. group is None for a single rank."""
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where this rank stands: arange(world).view(dp, tp). The default is a single process."""
+    tp: Axis = Axis()
+    dp: Axis = Axis()
+    world: Axis = Axis()
+
+
+def make_grid(tp: int, device_type: str) -> Grid:
+    """The grid of an initialised process group; ranks of one tp group are neighbours (NVLink)."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh(device_type, (world // tp, tp), mesh_dim_names=("dp", "tp"))
+
+    def axis(name):
+        return Axis(mesh.get_local_rank(name), mesh[name].size(), mesh.get_group(name))
+    return Grid(axis("tp"), axis("dp"), Axis(dist.get_rank(), world, dist.group.WORLD))
+
+
+# ----------------------------------------------------------------------------- the operators f, g
+def _all_gather(x_local: torch.Tensor, group, size: int) -> torch.Tensor:
+    y = x_local.new_empty(size * x_local.shape[0], *x_local.shape[1:])
+    dist.all_gather_into_tensor(y, x_local.contiguous(), group=group)
+    return y
+
+
+def _reduce_scatter(x: torch.Tensor, group, size: int) -> torch.Tensor:
+    y_local = x.new_empty(x.shape[0] // size, *x.shape[1:])
+    dist.reduce_scatter_tensor(y_local, x.contiguous(), group=group)
+    return y_local
+
+
+class GatherImages(torch.autograd.Function):
+    """f: the images of the whole tp group, before a column-parallel product.
+
+        x_local  [b, S, D]     this rank's images
+        y        [t*b, S, D]   the group's images, the same on each of its ranks
+
+        forward    y        = concat over ranks of x_local          all-gather
+        backward   dx_local = my b rows of (sum over ranks of dy)   reduce-scatter
+
+    Why the sum: each rank multiplies y by its own columns only, so its dy holds only those columns'
+    share of the gradient; the gradient of an image is the sum of the shares.
+    """
+
+    @staticmethod
+    def forward(ctx, x_local, group, size):
+        ctx.group, ctx.size = group, size
+        return _all_gather(x_local, group, size)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _reduce_scatter(dy, ctx.group, ctx.size), None, None
+
+
+class ScatterSum(torch.autograd.Function):
+    """g: the sum of a row-parallel product's partial results, each rank keeping its own images.
+
+        x        [t*b, S, D]   this rank's partial sums for the group's images
+        y_local  [b, S, D]     the full sums for this rank's images
+
+        forward    y_local = my b rows of (sum over ranks of x)   reduce-scatter
+        backward   dx      = concat over ranks of dy_local        all-gather
+
+    Why the concat: x enters each image's sum with weight one, so its gradient is dy of that image,
+    wherever the image lives.
+    """
+
+    @staticmethod
+    def forward(ctx, x, group, size):
+        ctx.group, ctx.size = group, size
+        return _reduce_scatter(x, group, size)
+
+    @staticmethod
+    def backward(ctx, dy_local):
+        return _all_gather(dy_local, ctx.group, ctx.size), None, None
+
+
+# ----------------------------------------------------------------------------- parallel layers
+@dataclass(frozen=True)
+class Split:
+    """How a full parameter is cut over tp: along `dim`, inside each of `parts` equal parts.
+
+    A fused qkv weight [3D, D] is Split(0, parts=3): rank r owns its heads of q, of k and of v.
+    Initialisation, saving and loading all use this one description.
+    """
+    dim: int
+    parts: int = 1
+
+    def shard(self, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+        """full [.., parts*n, ..] -> this rank's [.., parts*n/t, ..]"""
+        parts = full.unflatten(self.dim, (self.parts, -1))
+        return parts.chunk(size, self.dim + 1)[rank].flatten(self.dim, self.dim + 1)
+
+    def unshard(self, locals_: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The shards of every tp rank, in order -> the full tensor."""
+        parts = [x.unflatten(self.dim, (self.parts, -1)) for x in locals_]
+        return torch.cat(parts, self.dim + 1).flatten(self.dim, self.dim + 1)
+
+
+def shard(full: torch.Tensor, param: nn.Parameter, tp: Axis) -> torch.Tensor:
+    """This rank's part of a full tensor that belongs to `param`; all of it if it is replicated."""
+    split = getattr(param, "tp_split", None)
+    return full if split is None else split.shard(full, tp.rank, tp.size)
+
+
+def full_shape(param: nn.Parameter, tp: Axis) -> list[int]:
+    """The shape that `param` has without tensor parallelism."""
+    shape, split = list(param.shape), getattr(param, "tp_split", None)
+    if split is not None:
+        shape[split.dim] *= tp.size
+    return shape
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T + b with the output features split over tp; F.linear when tp is 1.
+
+        x_local [b, S, D], W_local [F/t, D], b_local [F/t]  ->  y [t*b, S, F/t]
+
+        forward    y  = f(x_local) W_local^T + b_local      f gathers the group's images
+        dgrad      dx = f'(dy W_local)                      f' sums over tp, keeps my images
+        wgrad      dW_local = dy^T f(x_local)               complete for my columns
+        dbias      db_local = sum of dy over images, tokens
+
+    parts: 3 for a fused qkv, so that each of q, k, v is split by heads.
+    """
+
+    def __init__(self, in_features: int, out_features: int, tp: Axis, parts: int = 1):
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(out_features // tp.size, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features // tp.size))
+        self.weight.tp_split = self.bias.tp_split = Split(0, parts)
+
+    def forward(self, x):
+        if self.tp.size > 1:
+            x = GatherImages.apply(x, self.tp.group, self.tp.size)  # [b,S,D] -> [t*b,S,D]
+        return F.linear(x, self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W^T + b with the input features split over tp; F.linear when tp is 1.
+
+        x [t*b, S, F/t], W_local [D, F/t], b [D]  ->  y_local [b, S, D]
+
+        forward    y_local = g(x W_local^T) + b      g sums over tp, keeps my images
+        dgrad      dx = g'(dy_local) W_local         g' gathers the group's images
+        wgrad      dW_local = g'(dy_local)^T x       complete for my rows
+        dbias      db = sum of dy_local over images, tokens
+    """
+
+    def __init__(self, in_features: int, out_features: int, tp: Axis):
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // tp.size))
+        self.bias = nn.Parameter(torch.empty(out_features))
+        self.weight.tp_split = Split(1)
+
+    def forward(self, x):
+        if self.tp.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        y = ScatterSum.apply(F.linear(x, self.weight), self.tp.group, self.tp.size)
+        return y + self.bias  # after the sum: before it, the bias would be added t times
+
+
+# ----------------------------------------------------------------------------- ZeRO-1
+ALIGN = 64  # elements; each weight starts on a 128-byte (bf16) boundary, as matrix kernels want
+
+
+def uses_weight_decay(name: str, param: nn.Parameter) -> bool:
+    """Weight matrices only: no bias, norm, class token or position embedding."""
+    return param.ndim >= 2 and name not in ("cls_token", "pos_embed")
+
+
+class Bucket:
+    """The weights of one unit (a block) that reduce over the same ranks, laid end to end.
+
+        weight  [n]    flat weights, in the model's dtype; every Parameter is a view of it
+        grad    [n]    fp32 gradients, summed over micro-batches (Megatron's main_grad)
+        master  [n/N]  fp32 weights of this rank's slice; in fp32 a view of `weight` itself
+        state   [n/N]  each: the optimizer's moments of this rank's slice
+
+    Weights with decay come first, so this rank's slice is at most two runs of one kind each.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter], axis: Axis):
+        order = sorted(params, key=lambda name: not uses_weight_decay(name, params[name]))
+        self.params, self.axis, self.offsets, end = {n: params[n] for n in order}, axis, {}, 0
+        self.decay_end = 0
+        for name, param in self.params.items():
+            self.offsets[name] = end
+            end += -(-param.numel() // ALIGN) * ALIGN
+            if uses_weight_decay(name, param):
+                self.decay_end = end
+        chunk = ALIGN * axis.size
+        self.numel = -(-end // chunk) * chunk
+        self.begin = self.numel // axis.size * axis.rank        # this rank's slice of the bucket
+        self.end = self.begin + self.numel // axis.size
+        self.work = None                                        # the collective under way
+        self.missing = len(self.params)                         # gradients still to come
+
+    def materialize(self, weight_dtype: torch.dtype, state_names: tuple[str, ...]) -> None:
+        """Allocates the buffers, moves the weights into them and makes them views."""
+        device = next(iter(self.params.values())).device
+        full = torch.zeros(self.numel, device=device)
+        for name, param in self.params.items():
+            self.view(full, name).copy_(param.data)
+        self.weight = full.to(weight_dtype)  # the same tensor in fp32
+        self.grad = torch.zeros(self.numel, device=device)
+        mine = slice(self.begin, self.end)
+        self.master = full[mine] if weight_dtype == torch.float32 else full[mine].clone()
+        self.grad_mine = self.grad[mine]
+        self.state = {name: torch.zeros_like(self.master) for name in state_names}
+        for name, param in self.params.items():
+            param.data = self.view(self.weight, name)
+
+    def view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
+        """The part of a flat [n] buffer that belongs to one weight, in its (local) shape."""
+        param, begin = self.params[name], self.offsets[name]
+        return flat[begin:begin + param.numel()].view(param.shape)
+
+    def runs(self) -> list[tuple[slice, bool]]:
+        """This rank's slice as (range within the slice, has weight decay)."""
+        cut = min(max(self.decay_end - self.begin, 0), self.end - self.begin)
+        runs = [(slice(0, cut), True), (slice(cut, self.end - self.begin), False)]
+        return [run for run in runs if run[0].stop > run[0].start]
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()  # on CUDA the stream waits, not the host
+            self.work = None
+
+    def reduce_scatter_grad(self) -> None:
+        """Sums grad over the group; afterwards this rank's slice is complete. Asynchronous."""
+        if self.axis.size > 1:
+            self.work = dist.reduce_scatter_tensor(self.grad_mine, self.grad,
+                                                   group=self.axis.group, async_op=True)
+
+    def all_gather_weight(self) -> None:
+        """Sends this rank's updated slice of the weights to the group. Asynchronous."""
+        mine = self.weight[self.begin:self.end]
+        if self.master.data_ptr() != mine.data_ptr():
+            mine.copy_(self.master)
+        if self.axis.size > 1:
+            self.work = dist.all_gather_into_tensor(self.weight, mine, group=self.axis.group,
+                                                    async_op=True)
+
+    def gather(self, mine: torch.Tensor) -> torch.Tensor:
+        """This rank's slice [n/N] of master or a moment -> the whole [n]."""
+        return _all_gather(mine, self.axis.group, self.axis.size) if self.axis.size > 1 else mine
+
+
+def plan_buckets(model: nn.Module, grid: Grid) -> list[list[Bucket]]:
+    """The model's weights as buckets, one list per unit in the order of the forward pass.
+
+    Replicated weights reduce over the whole world, tensor-parallel shards over dp. Nothing is
+    allocated, so a model on the meta device gives the memory plan of --dry-run.
+    """
+    named = dict(model.named_parameters())
+    units = []
+    for names in model.units().values():
+        split = {n: named[n] for n in names if grid.tp.size > 1 and hasattr(named[n], "tp_split")}
+        whole = {n: named[n] for n in names if n not in split}
+        units.append([Bucket(params, axis) for params, axis in
+                      ((split, grid.dp), (whole, grid.world)) if params])
+    assert sum(len(b.params) for unit in units for b in unit) == len(named), "a weight has no unit"
+    return units
+
+
+class ShardedOptimizer:
+    """ZeRO-1 (arXiv:1910.02054) around torch.optim's fused AdamW or SGD.
+
+    The protocol of one step, on every rank:
+      1. backward, each micro-batch: a weight's gradient is added to its fp32 `grad` as soon as
+         autograd has it. In the last micro-batch (`sync = True`) the bucket that has all of its
+         gradients is reduce-scattered while backward goes on with the block before it.
+      2. after the reduce-scatter each gradient element lives complete on exactly one rank, so the
+         global norm is one sum over the world and cannot count a weight twice.
+      3. the fused kernel clips (`grad_scale`), updates this rank's slice of the fp32 masters and
+         moments, or changes nothing at all if the norm is not finite (`found_inf`).
+      4. updated weights are all-gathered bucket by bucket; the next forward waits for a block's
+         weights only when it reaches the block.
+    Nothing here makes the host wait for the device.
+
+    Bytes per parameter, N ranks: bf16-O2 2 (weight) + 4 (grad) + 12/N; fp32 and bf16 8 + 8/N.
+    """
+
+    def __init__(self, model: nn.Module, grid: Grid, *, optimizer: str = "adamw",
+                 weight_dtype: torch.dtype = torch.float32, weight_decay: float = 0.0,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 momentum: float = 0.9, clip_grad: float = 0.0):
+        self.model, self.grid, self.clip_grad = model, grid, clip_grad
+        self.units = plan_buckets(model, grid)
+        self.buckets = [bucket for unit in self.units for bucket in unit]
+        self.sync = True      # set False before the backward of any but the last micro-batch
+        self.fresh = True     # the next backward starts a new sum of gradients
+        self.state_names = ("exp_avg", "exp_avg_sq") if optimizer == "adamw" else (
+            ("momentum_buffer",) if momentum else ())
+        for bucket in self.buckets:
+            bucket.materialize(weight_dtype, self.state_names)
+            for param in bucket.params.values():
+                param.register_post_accumulate_grad_hook(
+                    lambda param, bucket=bucket, name=_name_of(bucket, param):
+                        self._add_gradient(bucket, name, param))
+        for module, unit in zip(model.unit_modules(), self.units, strict=True):
+            module.register_forward_pre_hook(
+                lambda module, args, unit=unit: [bucket.wait() for bucket in unit] and None)
+        model.register_load_state_dict_post_hook(lambda module, keys: self.refresh_masters())
+
+        self.device = self.buckets[0].master.device
+        self.step_count = torch.zeros((), device=self.device)  # updates that were applied
+        groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
+        states = {}
+        for bucket in self.buckets:
+            for run, decay in bucket.runs():
+                part = bucket.master[run]
+                part.grad = bucket.grad_mine[run]
+                states[part] = {name: state[run] for name, state in bucket.state.items()}
+                groups[0 if decay else 1]["params"].append(part)
+        if optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+            for state in states.values():
+                state["step"] = torch.zeros((), device=self.device)
+        else:
+            self.optimizer = torch.optim.SGD(groups, momentum=momentum, fused=True)
+        # Filled here, not by the first step: torch's SGD would leave a first step that is skipped
+        # for found_inf with uninitialised momentum.
+        self.optimizer.state.update(states)
+
+    def _add_gradient(self, bucket: Bucket, name: str, param: nn.Parameter) -> None:
+        total = bucket.view(bucket.grad, name)
+        if self.fresh:
+            total.copy_(param.grad)  # the first micro-batch overwrites, which saves zeroing
+        else:
+            total.add_(param.grad)
+        param.grad = None
+        bucket.missing -= 1
+        if bucket.missing == 0:
+            bucket.missing = len(bucket.params)
+            if self.sync:
+                bucket.reduce_scatter_grad()
+
+    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
+        """Backward of one micro-batch; `last` starts the reduction of the summed gradients."""
+        self.sync = last
+        loss.backward()
+        self.fresh = last
+
+    @torch.no_grad()
+    def step(self, lr: float) -> torch.Tensor:
+        """One update of every weight. Returns the global gradient norm before clipping, a device
+        scalar; if it is not finite, nothing has changed."""
+        for bucket in self.buckets:
+            bucket.wait()
+        norm = self._global_norm()
+        self._update(lr, norm)
+        for bucket in self.buckets:
+            bucket.all_gather_weight()
+        return norm
+
+    def _global_norm(self) -> torch.Tensor:
+        norms = torch._foreach_norm([bucket.grad_mine for bucket in self.buckets])
+        square = torch.stack(norms).double().square().sum()
+        if self.grid.world.size > 1:
+            dist.all_reduce(square)
+        return square.sqrt().float()
+
+    def _update(self, lr: float, norm: torch.Tensor) -> None:
+        self.optimizer.found_inf = (~norm.isfinite()).float()
+        # The kernel divides gradients by grad_scale: norm / clip where the norm exceeds clip.
+        scale = (norm / self.clip_grad).clamp(min=1.0) if self.clip_grad else torch.ones_like(norm)
+        self.optimizer.grad_scale = scale
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.step_count += 1 - self.optimizer.found_inf
+
+    def wait(self) -> None:
+        """Until all weights are gathered; forward passes do this block by block on their own."""
+        for bucket in self.buckets:
+            bucket.wait()
+
+    @torch.no_grad()
+    def refresh_masters(self) -> None:
+        """Masters from the model's weights. Runs by itself after model.load_state_dict: otherwise
+        the next step would write the old masters back over them (Megatron-LM#174)."""
+        for bucket in self.buckets:
+            bucket.wait()
+            bucket.master.copy_(bucket.weight[bucket.begin:bucket.end])
+
+    def full_tensors(self, keep: Callable[[str], bool] = lambda name: True):
+        """Yields (name, kind, full fp32 CPU tensor), kind in weight (the master) and the moments,
+        one bucket at a time and only for names that this rank keeps. Collective: all ranks call."""
+        self.wait()
+        for bucket in self.buckets:
+            for kind, mine in {"weight": bucket.master, **bucket.state}.items():
+                flat = bucket.gather(mine)
+                tp_flats = flat[None]
+                if self.grid.tp.size > 1 and bucket.axis is self.grid.dp:
+                    tp_flats = _all_gather(flat[None], self.grid.tp.group, self.grid.tp.size)
+                for name in filter(keep, bucket.params):
+                    parts = [bucket.view(tp_flat, name) for tp_flat in tp_flats]
+                    split = getattr(bucket.params[name], "tp_split", None)
+                    full = parts[0] if len(parts) == 1 else split.unshard(parts)
+                    yield name, kind, full.cpu().clone()
+
+    def decay_names(self) -> tuple[list[str], list[str]]:
+        """The weights (with, without) weight decay."""
+        names = [n for b in self.buckets for n in b.params]
+        split = [uses_weight_decay(n, p) for b in self.buckets for n, p in b.params.items()]
+        return ([n for n, d in zip(names, split) if d], [n for n, d in zip(names, split) if not d])
+
+
+def _name_of(bucket: Bucket, param: nn.Parameter) -> str:
+    return next(name for name, other in bucket.params.items() if other is param)
+
+
+# ----------------------------------------------------------------------------- checkpoints
+# A checkpoint knows neither tp nor dp: files of whole tensors, under timm's names.
+#
+#     OUTPUT/checkpoints/step_00001000/meta.json       step, images seen, configs, files and sizes
+#                                      rank_00000.pt   {name: {weight, exp_avg, exp_avg_sq}}, fp32
+#     OUTPUT/checkpoints/latest                        the name of the newest one
+#
+# Each rank gathers one bucket at a time, and keeps and writes only its share of the names. `weight`
+# is the fp32 master: bf16 weights are its rounding, so they need not be stored. Everything is
+# written to a temporary directory, synced, then renamed; `latest` comes last.
+
+
+def _share_out(sizes: dict[str, int], world: int) -> dict[str, int]:
+    """Which rank writes which weight: the largest first, always to the least loaded rank."""
+    load, owner = [0] * world, {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owner[name] = load.index(min(load))
+        load[owner[name]] += sizes[name]
+    return owner
+
+
+def _fsync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def _write_synced(path: Path, write: Callable) -> None:
+    with open(path, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    _write_synced(temporary, lambda f: f.write(text.encode()))
+    os.replace(temporary, path)
+    _fsync_directory(path.parent)
+
+
+def save_checkpoint(root: Path, step: int, optimizer: ShardedOptimizer, meta: dict,
+                    keep_last: int = 0) -> Path:
+    """Writes root/step_NNNNNNNN and points root/latest at it; then removes all but keep_last.
+
+    Collective. A failure on any rank (a full disk) raises OSError on all of them; it leaves the
+    checkpoints that were there, and `latest`, as they were.
+    """
+    grid, final = optimizer.grid, root / f"step_{step:08d}"
+    temporary = root / f".{final.name}.tmp"
+    if grid.world.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _barrier(grid)
+    sizes = {n: p.numel() for b in optimizer.buckets for n, p in b.params.items()}
+    owner = _share_out(sizes, grid.world.size)
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    for name, kind, full in optimizer.full_tensors(lambda n: owner[n] == grid.world.rank):
+        tensors.setdefault(name, {})[kind] = full
+    file = temporary / f"rank_{grid.world.rank:05d}.pt"
+    error = None
+    try:
+        _write_synced(file, lambda f: torch.save(tensors, f))
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+        error = f"rank {grid.world.rank} could not write {file}: {e}"
+    reports = all_gather_object((error, file.stat().st_size if error is None else 0), grid)
+    errors = [e for e, _ in reports if e]
+    if not errors and grid.world.rank == 0:
+        try:
+            meta = {**meta, "step": step, "updates": int(optimizer.step_count),
+                    "state": list(optimizer.state_names),
+                    "files": {f"rank_{r:05d}.pt": size for r, (_, size) in enumerate(reports)},
+                    "where": {name: f"rank_{r:05d}.pt" for name, r in owner.items()}}
+            _replace_text(temporary / "meta.json", json.dumps(meta, indent=1))
+            shutil.rmtree(final, ignore_errors=True)  # one that was incomplete
+            os.rename(temporary, final)
+            _fsync_directory(root)
+            _replace_text(root / "latest", final.name + "\n")
+        except OSError as e:
+            errors = [f"could not publish {final}: {e}"]
+    errors = all_gather_object(errors, grid)[0]
+    if errors:
+        if grid.world.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"checkpoint of step {step} failed, earlier ones are untouched: {errors[0]}")
+    if grid.world.rank == 0 and keep_last:
+        for old in complete_checkpoints(root)[:-keep_last]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """The complete checkpoints below root, oldest first: every file there, with its size."""
+    return [d for d in sorted(root.glob("step_*")) if incomplete_reason(d) is None]
+
+
+def incomplete_reason(directory: Path) -> str | None:
+    """None for a complete checkpoint, else what is wrong with it."""
+    try:
+        files = json.loads((directory / "meta.json").read_text())["files"]
+    except (OSError, ValueError, KeyError) as e:
+        return f"{directory}/meta.json cannot be read: {e}"
+    for name, size in files.items():
+        path = directory / name
+        found = path.stat().st_size if path.exists() else None
+        if found != size:
+            return f"{path} has {found} bytes, should have {size}"
+    return None
+
+
+def read_meta(directory: Path) -> dict:
+    """A checkpoint's meta.json. Raises ValueError if the checkpoint is missing or incomplete."""
+    reason = incomplete_reason(directory)
+    if reason:
+        raise ValueError(f"{directory} is not a complete checkpoint: {reason}")
+    return json.loads((directory / "meta.json").read_text())
+
+
+class CheckpointTensors:
+    """Reads single tensors of a checkpoint; files are mapped into memory, not read whole."""
+
+    def __init__(self, directory: Path):
+        self.directory, self.where, self.files = directory, read_meta(directory)["where"], {}
+
+    def __call__(self, name: str, kind: str) -> torch.Tensor:
+        file = self.where[name]
+        if file not in self.files:
+            self.files[file] = torch.load(self.directory / file, map_location="cpu", mmap=True,
+                                          weights_only=True)
+        return self.files[file][name][kind]
+
+
+@torch.no_grad()
+def load_checkpoint(directory: Path, optimizer: ShardedOptimizer) -> dict:
+    """Loads masters, moments and weights at this run's layout, whatever the saved one was.
+
+    Each rank reads only the tensors that its slices touch. Returns meta.json. Raises ValueError if
+    the checkpoint is of another model or optimizer.
+    """
+    meta, read = read_meta(directory), CheckpointTensors(directory)
+    named = {n: p for b in optimizer.buckets for n, p in b.params.items()}
+    if set(meta["where"]) != set(named):
+        odd = sorted(set(meta["where"]) ^ set(named))
+        raise ValueError(f"{directory} is a checkpoint of another model: {len(odd)} weights do not "
+                         f"match, for example {odd[0]}; give its --model, or --resume none")
+    if tuple(meta["state"]) != optimizer.state_names:
+        raise ValueError(f"{directory} holds {meta['state']}, this --optimizer needs "
+                         f"{list(optimizer.state_names)}; give the same --optimizer")
+    for bucket in optimizer.buckets:
+        for name, param in bucket.params.items():
+            begin = max(bucket.offsets[name], bucket.begin)
+            end = min(bucket.offsets[name] + param.numel(), bucket.end)
+            for kind, mine in {"weight": bucket.master, **bucket.state}.items():
+                if begin >= end:
+                    continue
+                full = read(name, kind)
+                if list(full.shape) != full_shape(param, optimizer.grid.tp):
+                    raise ValueError(
+                        f"{directory} has {name} of shape {list(full.shape)}, this model needs "
+                        f"{full_shape(param, optimizer.grid.tp)}")
+                local = shard(full, param, optimizer.grid.tp).flatten()
+                offset = bucket.offsets[name]
+                mine[begin - bucket.begin:end - bucket.begin] = local[begin - offset:end - offset]
+        bucket.all_gather_weight()
+    optimizer.wait()
+    optimizer.step_count.fill_(meta["updates"])
+    for state in optimizer.optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(meta["updates"])
+    return meta
+
+
+# ----------------------------------------------------------------------------- small collectives
+def _barrier(grid: Grid) -> None:
+    if grid.world.size > 1:
+        dist.barrier()
+
+
+def all_gather_object(value, grid: Grid) -> list:
+    if grid.world.size == 1:
+        return [value]
+    values = [None] * grid.world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_rank_0(grid: Grid, function: Callable):
+    """function() on rank 0, its result on all; a ValueError or OSError is raised on all."""
+    result, error = None, None
+    if grid.world.rank == 0:
+        try:
+            result = function()
+        except (ValueError, OSError) as e:
+            error = str(e)
+    if grid.world.size > 1:
+        box = [(result, error)]
+        dist.broadcast_object_list(box, src=0)
+        result, error = box[0]
+    if error is not None:
+        raise ValueError(error)
+    return result

@@ -1,0 +1,696 @@
+"""Train a Vision Transformer. The loop is in main(), visible from top to bottom.
+
+    python train.py                                                 # built-in images, CPU, minutes
+    python train.py --data DIR --model S16                          # a folder: train/CLASS/*, val/*
+    torchrun --standalone --nproc_per_node 8 train.py --data DIR --model L16
+    torchrun --standalone --nproc_per_node 8 train.py --data DIR --model G14 \\
+        --tensor-parallel-size 2 --activation-checkpointing full --checkpoint-method block
+    WORLD_SIZE=8 python train.py --data DIR --model g14 --dry-run   # sizes, memory, schedule
+
+One step: global batch = micro-batch x dp x accumulation. Every rank runs forward and backward on
+its own images, gradients add up in fp32, parallel.ShardedOptimizer reduces them, clips, updates.
+
+Precision (--precision)   weights   activations   gradients sum, moments, masters   why
+    fp32                  fp32      fp32          fp32                              reference
+    bf16                  fp32      bf16 matmuls  fp32                              autocast
+    bf16-O2               bf16      bf16          fp32                              half the memory
+                                                                                    traffic
+Softmax, norm statistics, loss and logits are fp32 in all three. bf16-O2 is NeMo's megatron_amp_O2.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.attention import sdpa_kernel
+from tqdm import tqdm
+
+import data
+from configs import (
+    TrainConfig,
+    ViTConfig,
+    divisors,
+    legal_tensor_parallel_sizes,
+    parse_args,
+    plan_batch,
+    stable_seed,
+    to_plain,
+)
+from model import BACKENDS, ViT, choose_attention, compile_blocks
+from parallel import (
+    Axis,
+    Grid,
+    ShardedOptimizer,
+    all_gather_object,
+    complete_checkpoints,
+    incomplete_reason,
+    load_checkpoint,
+    make_grid,
+    on_rank_0,
+    plan_buckets,
+    read_meta,
+    save_checkpoint,
+)
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, NVIDIA's datasheets
+MAX_BAD_STEPS = 3  # steps in a row with a non-finite gradient before the run stops
+
+
+# ----------------------------------------------------------------------------- schedule
+def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
+    """The rate of step `step` (from 0): a pure function, so a resumed run cannot drift."""
+    # 1) linear warm-up from lr / warmup to lr
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    # 2) cosine from lr down to min_lr, which the last step reaches
+    span = max(total_steps - 1 - config.warmup_steps, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * min((step - config.warmup_steps) / span, 1)))
+    return config.min_lr + (config.lr - config.min_lr) * cosine
+
+
+# ----------------------------------------------------------------------------- processes
+def start_processes(config: TrainConfig) -> tuple[Grid, torch.device]:
+    """Joins the process group that torchrun announces; without torchrun, a single process."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    local_world, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if gpus and local_world > gpus:
+        raise ValueError(f"{local_world} processes were started on a machine with {gpus} GPUs; "
+                         f"use torchrun --nproc_per_node {gpus} (or CUDA_VISIBLE_DEVICES= for CPU)")
+    device = torch.device("cuda", local) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    if world == 1:
+        return Grid(), device
+    if world % config.tensor_parallel_size:
+        raise ValueError(f"--tensor-parallel-size {config.tensor_parallel_size} must divide the "
+                         f"number of processes {world}; legal here: {divisors(world)}")
+    # Both backends: NCCL for the work, gloo for the host's own messages (stop flag, checks).
+    backend, device_id = ("cpu:gloo,cuda:nccl", device) if gpus else ("gloo", None)
+    dist.init_process_group(backend, device_id=device_id)
+    return make_grid(config.tensor_parallel_size, device.type), device
+
+
+class StopSignal:
+    """SIGTERM or SIGINT to any rank stops all of them at the same point.
+
+    poll() is called between micro-batches. It starts an all-reduce of a small host tensor and
+    returns the result of the one that the previous call started, so nothing waits for it. News of
+    unreadable images travel with it.
+    """
+
+    def __init__(self, grid: Grid):
+        self.grid, self.name, self.work = grid, None, None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        self.name = signal.Signals(number).name
+
+    def poll(self, news: int = 0) -> tuple[bool, int]:
+        """(stop?, sum of news), the same on all ranks."""
+        if self.grid.world.size == 1:
+            return self.name is not None, news
+        result = (False, 0)
+        if self.work is not None:
+            self.work.wait()
+            result = (bool(self.flags[0]), int(self.flags[1]))
+        self.flags = torch.tensor([int(self.name is not None), news])
+        self.work = dist.all_reduce(self.flags, async_op=True)
+        return result
+
+
+class Readback:
+    """Small device results for the host, one step late, so that the host never stops the device.
+
+    put(step, tensor) starts a copy to pinned memory; ready(lag) yields (step, values, time when the
+    device had them) of the copies that are at least `lag` puts old. On the CPU that is at once.
+    """
+
+    def __init__(self):
+        self.pending = collections.deque()
+
+    def put(self, step: int, values: torch.Tensor) -> None:
+        event = None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            host.copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            values = host
+        self.pending.append((step, values, event, time.perf_counter()))
+
+    def ready(self, lag: int):
+        while len(self.pending) > lag:
+            step, values, event, when = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+                when = time.perf_counter()
+            yield step, values.tolist(), when
+
+
+# ----------------------------------------------------------------------------- logs
+class Log:
+    """Rank 0's output: tqdm, printed lines, metrics.jsonl and, if asked for, TensorBoard."""
+
+    def __init__(self, grid: Grid):
+        self.main, self.bar, self.file, self.board = grid.world.rank == 0, None, None, None
+
+    def open(self, config: TrainConfig, start_step: int, total_steps: int) -> None:
+        """Continues metrics.jsonl after start_step: later lines, of steps not saved, go."""
+        if not self.main:
+            return
+        path = Path(config.output_dir) / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError, KeyError):  # a line cut by a crash
+                    if json.loads(line)["step"] <= start_step:
+                        kept.append(line + "\n")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self.file = open(path, "a", buffering=1)
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(Path(config.output_dir) / "tensorboard",
+                                       purge_step=start_step + 1)
+        self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
+                        smoothing=0.1)
+
+    def print(self, text: str) -> None:
+        if self.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def metrics(self, values: dict) -> None:
+        if self.main:
+            self.file.write(json.dumps(values) + "\n")
+            for key, value in values.items() if self.board else ():
+                if key != "step" and value is not None:
+                    self.board.add_scalar(key, value, values["step"])
+
+    def close(self) -> None:
+        for output in (self.bar, self.file, self.board):
+            if output is not None:
+                output.close()
+        self.bar = None
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: the CUDA allocator's, or resident memory on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def peak_flops(device: torch.device) -> float | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+# ----------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def evaluate(model, loader, prepare, stop: StopSignal, grid: Grid, device) -> dict | None:
+    """Scores every image of `loader` exactly once, for any number of ranks, batch or workers.
+
+    Padding and unreadable images carry label -100; sums, not means, are reduced. Returns val_loss,
+    val_top1, val_top5 (shares), val_count (images scored) and val_unreadable; None if stopped.
+    """
+    model.eval()
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, top-1, top-5, count, bad
+    for images, labels, indices in loader:
+        if stop.poll()[0]:
+            model.train()
+            return None
+        valid = (labels >= 0).to(device, non_blocking=True)
+        bad = (labels < 0) & (indices >= 0)
+        labels = labels.to(device, non_blocking=True)
+        logits = model(prepare(images)).float()
+        top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+        sums += torch.stack([loss, top5[:, 0].sum(), top5.any(1).sum(), valid.sum(),
+                             bad.sum().to(device)])
+    if grid.world.size > 1:
+        dist.all_reduce(sums)
+    model.train()
+    loss, top1, top5, count, bad = sums.tolist()
+    share = 1 / max(count, 1)
+    return dict(val_loss=loss * share, val_top1=top1 * share, val_top5=top5 * share,
+                val_count=int(count), val_unreadable=int(bad))
+
+
+# ----------------------------------------------------------------------------- --dry-run
+def activation_bytes(vit: ViTConfig, config: TrainConfig, images: int) -> int:
+    """Bytes that one rank keeps for backward with `images` images of its own, in this layout.
+
+    Per token of a block, in elements of the activations' dtype: the two norms' inputs 2D and
+    outputs, gathered over tp, 2tD; q, k, v and attention's output 4D; the MLP's hidden layer before
+    and after GELU 2F; a byte for each of two dropout masks. torch.compile recomputes the norms'
+    outputs and GELU from their inputs instead of keeping them.
+    """
+    d, f, t = vit.hidden_size, vit.ffn_hidden_size, config.tensor_parallel_size
+    element = 4 if config.precision == "fp32" else 2
+    masks = 2 * d if vit.hidden_dropout else 0
+    block = element * (6 * d + 2 * t * d + 2 * f) + masks
+    if config.activation_checkpointing == "selective":
+        block = element * (7 * d + f)  # x, qkv, attention's output, fc1 and row outputs
+    entry = element * d
+    layers, n = vit.num_layers, config.checkpoint_num_layers
+    if config.activation_checkpointing != "full":
+        total = layers * block
+    elif config.checkpoint_method == "uniform":
+        total = math.ceil(layers / n) * entry + min(n, layers) * block
+    else:
+        total = min(n, layers) * entry + max(layers - n, 0) * block + (block if n else 0)
+    return images * vit.seq_length * total
+
+
+def memory_plan(vit: ViTConfig, config: TrainConfig, tp: int, dp: int, micro: int) -> dict:
+    """Bytes per rank by part, for rank 0 of a tp x dp layout; nothing is allocated."""
+    grid = Grid(Axis(0, tp), Axis(0, dp), Axis(0, tp * dp))
+    with torch.device("meta"):
+        model = ViT(vit, grid)
+    buckets = [bucket for unit in plan_buckets(model, grid) for bucket in unit]
+    numel = sum(bucket.numel for bucket in buckets)
+    mine = sum(bucket.end - bucket.begin for bucket in buckets)
+    o2 = config.precision == "bf16-O2"
+    moments = 2 if config.optimizer == "adamw" else (1 if config.momentum else 0)
+    return {"weights": numel * (2 if o2 else 4), "gradients": numel * 4,
+            "masters and moments": mine * 4 * (moments + o2),
+            "activations": activation_bytes(vit, config, micro // tp)}
+
+
+def dry_run(config: TrainConfig, vit: ViTConfig, train_set, val_set, total_steps: int, batch: tuple,
+            device: torch.device) -> None:
+    """Prints what a run would be: sizes, memory, schedule and the legal layouts."""
+    micro, dp, accumulation = batch
+    tp, total = config.tensor_parallel_size, config.global_batch_size
+    gib = 2**30
+    h, w = vit.grid_hw
+    print(f"model        {config.model}: {vit.num_params / 1e6:,.2f} M parameters, "
+          f"{vit.num_layers} blocks of width {vit.hidden_size}, "
+          f"{vit.num_attention_heads} heads of {vit.head_dim}")
+    print(f"tokens       {vit.seq_length} = {vit.num_class_tokens} class + {h} x {w} patches "
+          f"of {vit.patch_size} px")
+    print(f"FLOPs        {vit.flops_per_image / 1e9:,.2f} G per image forward, "
+          f"{3 * vit.flops_per_image / 1e9:,.2f} G in a training step")
+    print(f"data         {len(train_set):,} training and {len(val_set):,} validation images, "
+          f"{len(train_set.classes)} classes")
+    print(f"batch        {total} = micro-batch {micro} x dp {dp} x accumulation {accumulation}")
+    print(f"steps        {total_steps:,} = {total_steps * total / len(train_set):,.1f} epochs")
+    marks = sorted({0, config.warmup_steps // 2, min(config.warmup_steps, total_steps - 1),
+                    total_steps // 2, total_steps - 1} & set(range(total_steps)))
+    rates = ", ".join(f"{s:,}: {learning_rate(s, config, total_steps):.3g}" for s in marks)
+    print(f"lr at step   {rates}")
+    plan = memory_plan(vit, config, tp, dp, micro)
+    parts = " + ".join(f"{name} {size / gib:.2f}" for name, size in plan.items())
+    print(f"memory       {sum(plan.values()) / gib:.2f} GiB per rank on {device.type} = {parts}")
+    print(f"checkpoint   {vit.num_params * 4 * 3 / gib:.2f} GiB at most")
+    legal_tp = legal_tensor_parallel_sizes(vit)
+    print(f"legal --tensor-parallel-size  {', '.join(map(str, legal_tp))}")
+    print(f"legal --micro-batch-size      "
+          f"{', '.join(str(m) for m in divisors(total // dp) if m % tp == 0)}")
+    print("weights + gradients + optimizer, GiB per rank:")
+    worlds = [1, 2, 4, 8, 16, 32, 64]
+    print("  processes " + "".join(f"{n:>8}" for n in worlds))
+    for t in [t for t in legal_tp if t <= 8]:
+        cells = []
+        for n in worlds:
+            state = memory_plan(vit, config, t, n // t, t) if n % t == 0 else None
+            cells.append(f"{'-' if state is None else _gib(state):>8}")
+        print(f"  tp {t:<7} " + "".join(cells))
+
+
+def _gib(plan: dict) -> str:
+    return f"{sum(size for part, size in plan.items() if part != 'activations') / 2**30:.2f}"
+
+
+# ----------------------------------------------------------------------------- checks at the start
+def check_output_dir(config: TrainConfig, vit: ViTConfig) -> None:
+    """Finds an output directory that cannot be written, or a disk too full, before step 0."""
+    root = Path(config.output_dir) / "checkpoints"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / ".write-test"
+        probe.write_bytes(b"0" * 4096)
+        probe.unlink()
+    except OSError as e:
+        raise ValueError(f"--output-dir {config.output_dir} cannot be written: {e}") from e
+    need, free = vit.num_params * 4 * 3, shutil.disk_usage(root).free
+    if free < need:
+        raise ValueError(f"--output-dir {config.output_dir} has {free / 2**30:.1f} GiB free; one "
+                         f"checkpoint of this model takes {need / 2**30:.1f} GiB")
+
+
+def find_resume(config: TrainConfig, log: Log) -> Path | None:
+    """The checkpoint to continue from. The order is important:
+    1. --resume none: start fresh; refuse to mix with checkpoints that are there
+    2. --resume PATH: that one, or the newest complete one below it
+    3. --resume auto: the newest complete one of --output-dir, or start fresh
+    """
+    own = Path(config.output_dir) / "checkpoints"
+    if config.resume == "none":
+        if complete_checkpoints(own):
+            raise ValueError(f"--resume none would mix a new run with the checkpoints in {own}; "
+                             f"remove them or give another --output-dir")
+        return None
+    root = own
+    if config.resume != "auto":
+        root = Path(config.resume)
+        if (root / "checkpoints").is_dir():
+            root = root / "checkpoints"
+        if not root.is_dir():
+            raise ValueError(f"--resume {config.resume} is no directory; give a checkpoint, an "
+                             f"output directory, auto or none")
+        if root.name.startswith("step_"):
+            read_meta(root)  # raises if it is incomplete
+            return root
+    for directory in sorted(root.glob("step_*")):
+        reason = incomplete_reason(directory)
+        if reason:
+            log.print(f"skipping an incomplete checkpoint: {reason}")
+    found = complete_checkpoints(root)
+    if not found and config.resume != "auto":
+        raise ValueError(f"--resume {config.resume} holds no complete checkpoint "
+                         f"(step_*/meta.json)")
+    return found[-1] if found else None
+
+
+def check_same_model(directory: Path, meta: dict, config: TrainConfig, vit: ViTConfig,
+                     classes: list[str]) -> None:
+    """A checkpoint continues only its own model, on its own classes."""
+    ours, theirs = to_plain(vit), meta["vit"]
+    free = ("hidden_dropout", "attention_dropout", "drop_path_rate", "gelu_approximate",
+            "layernorm_eps")
+    differ = [f"{key} {theirs.get(key)} (this run: {ours[key]})" for key in ours
+              if key not in free and theirs.get(key) != ours[key]]
+    if differ:
+        raise ValueError(f"{directory} is a checkpoint of another model: {', '.join(differ)}; give "
+                         f"its flags, another --output-dir, or --resume none")
+    if meta["classes"] != classes:
+        raise ValueError(f"{directory} was trained on other classes ({len(meta['classes'])}: "
+                         f"{', '.join(meta['classes'][:3])} ...) than --data {config.data}")
+
+
+@contextlib.contextmanager
+def user_errors(rank: int):
+    """One line instead of a traceback for what a user can get wrong before the first step."""
+    try:
+        yield
+    except ValueError as error:
+        if rank == 0:
+            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)  # torchrun ends all ranks with the first: let rank 0 speak
+        sys.stdout.flush()
+        os._exit(2)  # not sys.exit: it would wait for the process group
+
+
+# ----------------------------------------------------------------------------- main
+def main(argv: list[str] | None = None) -> None:
+    rank = int(os.environ.get("RANK", 0))
+
+    # ---- configuration, processes, data: every check that can fail, fails here
+    with user_errors(rank):
+        config, vit, given = parse_args(argv)
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        legal_tp = legal_tensor_parallel_sizes(vit)
+        if config.tensor_parallel_size not in legal_tp:
+            raise ValueError(
+                f"--tensor-parallel-size {config.tensor_parallel_size} must divide the "
+                f"{vit.num_attention_heads} heads and the MLP width {vit.ffn_hidden_size}; "
+                f"legal for {config.model}: {', '.join(map(str, legal_tp))}")
+        micro, dp, accumulation = batch = plan_batch(config, world, device_type == "cuda")
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+            torch.use_deterministic_algorithms(True)
+        # A dry run describes WORLD_SIZE processes but needs only this one.
+        grid, device = ((Grid(), torch.device(device_type)) if config.dry_run
+                        else start_processes(config))
+        stop, log = StopSignal(grid), Log(grid)
+        train_set, val_set = on_rank_0(grid, lambda: data.open_data(config.data,
+                                                                           vit.image_hw))
+        classes = train_set.classes
+        if "num_classes" in given and vit.num_classes != len(classes):
+            raise ValueError(f"--num-classes {vit.num_classes}, but --data {config.data} has "
+                             f"{len(classes)} classes; leave the flag out")
+        vit = dataclasses.replace(vit, num_classes=len(classes))
+        if len(train_set) < config.global_batch_size:
+            raise ValueError(f"--data {config.data} has {len(train_set)} training images, fewer "
+                             f"than one --global-batch-size {config.global_batch_size}")
+        total_steps = config.max_steps or max(
+            int(config.epochs * len(train_set)) // config.global_batch_size, 1)
+        if config.dry_run:
+            dry_run(config, vit, train_set, val_set, total_steps, batch, device)
+            return
+        on_rank_0(grid, lambda: check_output_dir(config, vit))
+        if not (Path(config.output_dir) / "checkpoints").is_dir():
+            raise ValueError(f"--output-dir {config.output_dir} is not shared by all nodes: rank "
+                             f"{rank} does not see what rank 0 created")
+        if config.tensorboard:
+            try:
+                importlib.import_module("torch.utils.tensorboard")
+            except Exception as e:
+                raise ValueError(f"--tensorboard needs `pip install tensorboard`: {e}") from e
+        resume = on_rank_0(grid, lambda: find_resume(config, log))
+        if resume is not None:
+            check_same_model(resume, read_meta(resume), config, vit, classes)
+
+        # ---- model and optimizer
+        o2 = config.precision == "bf16-O2"
+        dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+        kernel, why = choose_attention(config.attention, vit, grid.tp.size, device, dtype)
+        with device:
+            model = ViT(vit, grid, kernel="flash-attn" if kernel == "flash-attn" else "sdpa",
+                        activation_checkpointing=config.activation_checkpointing,
+                        checkpoint_method=config.checkpoint_method,
+                        checkpoint_num_layers=config.checkpoint_num_layers, seed=config.seed)
+        optimizer = ShardedOptimizer(
+            model, grid, optimizer=config.optimizer, weight_decay=config.weight_decay,
+            weight_dtype=torch.bfloat16 if o2 else torch.float32,
+            betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
+            momentum=config.momentum, clip_grad=config.clip_grad)
+        start_step, images_seen = 0, 0
+        if resume is not None:
+            meta = load_checkpoint(resume, optimizer)
+            start_step, images_seen = meta["step"], meta["images_seen"]
+    use_compile = device.type == "cuda" if config.compile is None else config.compile
+    if use_compile:
+        compile_blocks(model)
+
+    # ---- what will run
+    decay, no_decay = optimizer.decay_names()
+    log.print(f"model {config.model}: {vit.num_params / 1e6:,.2f} M parameters, {vit.seq_length} "
+              f"tokens, {len(classes)} classes")
+    log.print(f"batch {config.global_batch_size} = micro-batch {micro} x dp {dp} x accumulation "
+              f"{accumulation}; tp {grid.tp.size}, {grid.world.size} x {_device_name(device)}")
+    log.print(f"data {config.data}: {len(train_set):,} training and {len(val_set):,} validation "
+              f"images; {total_steps:,} steps = "
+              f"{total_steps * config.global_batch_size / len(train_set):,.1f} epochs")
+    log.print(f"precision {config.precision}, attention {kernel} ({why}), "
+              f"{'compiled' if use_compile else 'not compiled'}")
+    log.print(f"weight decay {config.weight_decay} on {len(decay)} matrices, none on "
+              f"{len(no_decay)} biases, norms, tokens and positions")
+    if config.warmup_steps >= total_steps:
+        log.print(f"note: --warmup-steps {config.warmup_steps:,} is no shorter than the run; the "
+                  f"peak --lr {config.lr} is not reached")
+    log.print(f"resuming from {resume}: step {start_step:,}, image {images_seen:,}"
+              if resume else "starting fresh: no checkpoint to resume from")
+
+    # ---- the loop's parts
+    local_batch = micro // grid.tp.size
+    train_loader = data.train_loader(
+        train_set, config, vit.image_hw, local_batch, grid.world.rank, grid.world.size,
+        images_seen, total_steps - start_step, device)
+    val_loader = data.eval_loader(val_set, config, vit.image_hw, local_batch,
+                                         grid.world.rank, grid.world.size, device)
+    unreadable = data.Unreadable(train_set, config.max_unreadable)
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16,
+                                 enabled=config.precision == "bf16")
+
+    def prepare(images):
+        """uint8 [b,3,H,W] of the loader -> normalised images on the device."""
+        images = images.to(device, non_blocking=True)
+        return data.normalize(images, config.mean, config.std,
+                                     torch.bfloat16 if o2 else torch.float32)
+
+    def save(step: int) -> Path:
+        meta = dict(images_seen=images_seen + (step - start_step) * config.global_batch_size,
+                    total_steps=total_steps, classes=classes, vit=to_plain(vit),
+                    config=to_plain(config), torch=torch.__version__)
+        return save_checkpoint(Path(config.output_dir) / "checkpoints", step, optimizer, meta,
+                               config.keep_last)
+
+    def score(step: int) -> dict | None:
+        with autocast():
+            result = evaluate(model, val_loader, prepare, stop, grid, device)
+        if result is not None:
+            log.metrics({"step": step, **result})
+            skipped = result["val_unreadable"]
+            log.print(f"step {step}: validation top-1 {100 * result['val_top1']:.2f} %, top-5 "
+                      f"{100 * result['val_top5']:.2f} %, loss {result['val_loss']:.4f} on "
+                      f"{result['val_count']:,} images"
+                      + (f" ({skipped} unreadable)" if skipped else ""))
+        return result
+
+    readback, bad_steps, peak = Readback(), 0, peak_flops(device)
+    clock = dict(start=time.perf_counter(), step=start_step, wait=0.0)
+    trained = dict(images=0, seconds=0.0)
+
+    def report(step: int, values: list[float], now: float) -> None:
+        """Logs one finished step. values: loss sum, correct, images, gradient norm."""
+        nonlocal bad_steps
+        loss_sum, correct, count, norm = values
+        bad_steps = 0 if math.isfinite(norm) else bad_steps + 1
+        if bad_steps:
+            log.print(f"step {step}: gradient norm {norm}, loss {loss_sum / max(count, 1):.4f}; "
+                      f"step skipped, no weight changed ({bad_steps} in a row)")
+        if bad_steps == MAX_BAD_STEPS:
+            raise RuntimeError(f"non-finite gradients in {bad_steps} steps in a row, the last one "
+                               f"{step}; lower --lr or use --precision fp32. The checkpoints in "
+                               f"{config.output_dir} are from before")
+        if log.bar is not None:
+            log.bar.update(1)
+        if step % config.log_interval and step != total_steps:
+            return
+        seconds, steps = now - clock["start"], step - clock["step"]
+        images = steps * config.global_batch_size
+        rate = images / seconds
+        trained["images"] += images
+        trained["seconds"] += seconds
+        mfu = rate * 3 * vit.flops_per_image / (peak * grid.world.size) if peak else None
+        epoch = (images_seen + (step - start_step) * config.global_batch_size) / len(train_set)
+        values = dict(
+            step=step, epoch=round(epoch, 4), loss=loss_sum / max(count, 1),
+            accuracy=correct / max(count, 1), lr=learning_rate(step - 1, config, total_steps),
+            grad_norm=norm, images_per_second=rate, mfu=mfu, memory_gib=memory_gib(device),
+            data_wait=clock["wait"] / seconds)
+        log.metrics(values)
+        line = (f"step {step:>6} | loss {values['loss']:.4f} | acc {values['accuracy']:.3f} | lr "
+                f"{values['lr']:.2e} | norm {norm:.3f} | {rate:,.0f} img/s"
+                + (f" | mfu {100 * mfu:.1f} %" if mfu else "")
+                + f" | {values['memory_gib']:.1f} GiB"
+                + f" | data wait {100 * values['data_wait']:.0f} %")
+        log.print(line)
+        clock.update(start=now, step=step, wait=0.0)
+
+    # ---- train
+    log.open(config, start_step, total_steps)
+    model.train()
+    batches, inflight = iter(train_loader), collections.deque()
+    step, result, saved, stopped, bad = start_step, None, None, False, set()
+    attention = (contextlib.nullcontext() if kernel == "flash-attn"
+                 else sdpa_kernel(BACKENDS[kernel]))
+    with attention:
+        while step < total_steps and not stopped:
+            # Dropout of a step depends on (seed, step, rank) only: nothing to save for a resume.
+            torch.manual_seed(stable_seed(config.seed, "dropout", step, grid.world.rank))
+            sums = torch.zeros(3, device=device)  # loss, correct, images
+            for micro_step in range(accumulation):
+                stopped, news = stop.poll(len(bad))
+                if news:
+                    all_bad = set().union(*all_gather_object(bad, grid))
+                    for name in unreadable.add(all_bad):
+                        log.print(f"unreadable image, skipped: {name}")
+                    bad = set()
+                if stopped or unreadable.error():
+                    break
+                waited = time.perf_counter()
+                images, labels, indices = next(batches)
+                clock["wait"] += time.perf_counter() - waited
+                bad |= data.unreadable_in(labels, indices) - unreadable.indices
+                valid = (labels >= 0).sum().to(device, non_blocking=True)
+                labels = labels.to(device, non_blocking=True)
+                with autocast():
+                    logits = model(prepare(images)).float()
+                loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+                # A sum over the images of all ranks and micro-batches / the global batch.
+                optimizer.backward(loss / config.global_batch_size,
+                                   last=micro_step == accumulation - 1)
+                with torch.no_grad():
+                    correct = (logits.argmax(1) == labels).sum()
+                    sums += torch.stack([loss.detach(), correct, valid])
+                _limit_inflight(inflight, device)
+            else:
+                norm = optimizer.step(learning_rate(step, config, total_steps))
+                if grid.world.size > 1:
+                    dist.all_reduce(sums)
+                step += 1
+                readback.put(step, torch.cat([sums, norm[None]]))
+                last = step == total_steps
+                evaluating = last or (config.eval_interval and step % config.eval_interval == 0)
+                saving = last or (config.save_interval and step % config.save_interval == 0)
+                for finished in readback.ready(lag=0 if evaluating or saving else 1):
+                    report(*finished)
+                if evaluating:
+                    result = score(step)
+                if saving:
+                    saved = save(step)
+                if evaluating or saving:
+                    clock.update(start=time.perf_counter(), step=step, wait=0.0)
+                continue
+            # Stopped, or too many unreadable images: the half-summed step is dropped.
+            for finished in readback.ready(lag=0):
+                report(*finished)
+            saved = save(step)
+            if not stopped:
+                raise RuntimeError(f"{unreadable.error()}. Saved {saved}")
+        if not stopped and result is None:
+            result = score(step)  # resumed after the last step
+    log.close()
+    if stopped:
+        log.print(f"stopped by {stop.name or 'a signal'} at step {step:,}; saved {saved}; "
+                  f"the same command continues")
+    elif result is not None:
+        rate = trained["images"] / max(trained["seconds"], 1e-9)
+        log.print(f"done: top-1 {100 * result['val_top1']:.2f} % on {result['val_count']:,} "
+                  f"images, {rate:,.0f} images/s, checkpoint {saved or resume}")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _limit_inflight(inflight, device: torch.device) -> None:
+    """Keeps the host at most two micro-batches ahead, so that a stop signal is obeyed in time."""
+    if device.type == "cuda":
+        inflight.append(torch.cuda.Event())
+        inflight[-1].record()
+        if len(inflight) > 2:
+            inflight.popleft().synchronize()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def run() -> None:
+    """main() as a program: a failing rank prints its own traceback and leaves at once, where a
+    normal exit would wait for the other ranks; torchrun then ends those and repeats the traceback.
+    """
+    try:
+        record(main)()
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    run()
