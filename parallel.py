@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
@@ -64,16 +65,17 @@ def make_grid(tp: int, device_type: str) -> Grid:
 
 
 # ----------------------------------------------------------------------------- the operators f, g
-def _all_gather(x_local: torch.Tensor, group, size: int) -> torch.Tensor:
-    y = x_local.new_empty(size * x_local.shape[0], *x_local.shape[1:])
-    dist.all_gather_into_tensor(y, x_local.contiguous(), group=group)
-    return y
+# Functional collectives, which torch.compile has in its graph as they are. With the in-place ones
+# (dist.all_gather_into_tensor) the compiler of torch 2.11 loses the gradient of f and g silently;
+# test_compiled_gradients_equal_eager_ones finds that.
+def all_gather(x_local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[n, ...] of each rank -> [size*n, ...], in the order of the ranks."""
+    return funcol.wait_tensor(funcol.all_gather_tensor(x_local.contiguous(), 0, group))
 
 
-def _reduce_scatter(x: torch.Tensor, group, size: int) -> torch.Tensor:
-    y_local = x.new_empty(x.shape[0] // size, *x.shape[1:])
-    dist.reduce_scatter_tensor(y_local, x.contiguous(), group=group)
-    return y_local
+def reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[size*n, ...] of each rank -> [n, ...], this rank's part of the sum over ranks."""
+    return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", 0, group))
 
 
 class GatherImages(torch.autograd.Function):
@@ -90,13 +92,13 @@ class GatherImages(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_local, group, size):
-        ctx.group, ctx.size = group, size
-        return _all_gather(x_local, group, size)
+    def forward(ctx, x_local, group):
+        ctx.group = group
+        return all_gather(x_local, group)
 
     @staticmethod
     def backward(ctx, dy):
-        return _reduce_scatter(dy, ctx.group, ctx.size), None, None
+        return reduce_scatter(dy, ctx.group), None
 
 
 class ScatterSum(torch.autograd.Function):
@@ -113,13 +115,13 @@ class ScatterSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, group, size):
-        ctx.group, ctx.size = group, size
-        return _reduce_scatter(x, group, size)
+    def forward(ctx, x, group):
+        ctx.group = group
+        return reduce_scatter(x, group)
 
     @staticmethod
     def backward(ctx, dy_local):
-        return _all_gather(dy_local, ctx.group, ctx.size), None, None
+        return all_gather(dy_local, ctx.group), None
 
 
 # ----------------------------------------------------------------------------- parallel layers
@@ -180,7 +182,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x):
         if self.tp.size > 1:
-            x = GatherImages.apply(x, self.tp.group, self.tp.size)  # [b,S,D] -> [t*b,S,D]
+            x = GatherImages.apply(x, self.tp.group)  # [b,S,D] -> [t*b,S,D]
         return F.linear(x, self.weight, self.bias)
 
 
@@ -205,7 +207,7 @@ class RowParallelLinear(nn.Module):
     def forward(self, x):
         if self.tp.size == 1:
             return F.linear(x, self.weight, self.bias)
-        y = ScatterSum.apply(F.linear(x, self.weight), self.tp.group, self.tp.size)
+        y = ScatterSum.apply(F.linear(x, self.weight), self.tp.group)
         return y + self.bias  # after the sum: before it, the bias would be added t times
 
 
@@ -293,7 +295,7 @@ class Bucket:
 
     def gather(self, mine: torch.Tensor) -> torch.Tensor:
         """This rank's slice [n/N] of master or a moment -> the whole [n]."""
-        return _all_gather(mine, self.axis.group, self.axis.size) if self.axis.size > 1 else mine
+        return all_gather(mine, self.axis.group) if self.axis.size > 1 else mine
 
 
 def plan_buckets(model: nn.Module, grid: Grid) -> list[list[Bucket]]:
@@ -443,7 +445,7 @@ class ShardedOptimizer:
                 flat = bucket.gather(mine)
                 tp_flats = flat[None]
                 if self.grid.tp.size > 1 and bucket.axis is self.grid.dp:
-                    tp_flats = _all_gather(flat[None], self.grid.tp.group, self.grid.tp.size)
+                    tp_flats = all_gather(flat[None], self.grid.tp.group)
                 for name in filter(keep, bucket.params):
                     parts = [bucket.view(tp_flat, name) for tp_flat in tp_flats]
                     split = getattr(bucket.params[name], "tp_split", None)
