@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
+import torch.distributed._functional_collectives  # noqa: F401 registers the operators below
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
@@ -68,14 +68,19 @@ def make_grid(tp: int, device_type: str) -> Grid:
 # Functional collectives, which torch.compile has in its graph as they are. With the in-place ones
 # (dist.all_gather_into_tensor) the compiler of torch 2.11 loses the gradient of f and g silently;
 # test_compiled_gradients_equal_eager_ones finds that.
+FUNCTIONAL = torch.ops._c10d_functional
+
+
 def all_gather(x_local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """[n, ...] of each rank -> [size*n, ...], in the order of the ranks."""
-    return funcol.wait_tensor(funcol.all_gather_tensor(x_local.contiguous(), 0, group))
+    y = FUNCTIONAL.all_gather_into_tensor(x_local.contiguous(), group.size(), group.group_name)
+    return FUNCTIONAL.wait_tensor(y)
 
 
 def reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """[size*n, ...] of each rank -> [n, ...], this rank's part of the sum over ranks."""
-    return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", 0, group))
+    y = FUNCTIONAL.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
+    return FUNCTIONAL.wait_tensor(y)
 
 
 class GatherImages(torch.autograd.Function):

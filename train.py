@@ -261,15 +261,16 @@ def activation_bytes(vit: ViTConfig, config: TrainConfig, images: int) -> int:
 
     Per token of a block, in elements of the activations' dtype: the two norms' inputs 2D and
     outputs, gathered over tp, 2tD; q, k, v and attention's output 4D; the MLP's hidden layer before
-    and after GELU 2F; a byte for each of two dropout masks. torch.compile recomputes the norms'
-    outputs and GELU from their inputs instead of keeping them.
+    and after GELU 2F; a byte for each of two dropout masks. Selective keeps the block's input, qkv,
+    attention's output, fc1's and the row layers' outputs, 6D + F. Full keeps block inputs, and while
+    backward is in a recomputed run of blocks, that run's own activations.
     """
     d, f, t = vit.hidden_size, vit.ffn_hidden_size, config.tensor_parallel_size
     element = 4 if config.precision == "fp32" else 2
     masks = 2 * d if vit.hidden_dropout else 0
     block = element * (6 * d + 2 * t * d + 2 * f) + masks
     if config.activation_checkpointing == "selective":
-        block = element * (7 * d + f)  # x, qkv, attention's output, fc1 and row outputs
+        block = element * (6 * d + f)
     entry = element * d
     layers, n = vit.num_layers, config.checkpoint_num_layers
     if config.activation_checkpointing != "full":
@@ -551,7 +552,7 @@ def main(argv: list[str] | None = None) -> None:
         return result
 
     readback, bad_steps, peak = Readback(), 0, peak_flops(device)
-    clock = dict(start=time.perf_counter(), step=start_step, wait=0.0)
+    clock = dict(start=time.perf_counter(), step=start_step, wait=0.0, warm=False)
     trained = dict(images=0, seconds=0.0)
 
     def report(step: int, values: list[float], now: float) -> None:
@@ -573,8 +574,9 @@ def main(argv: list[str] | None = None) -> None:
         seconds, steps = now - clock["start"], step - clock["step"]
         images = steps * config.global_batch_size
         rate = images / seconds
-        trained["images"] += images
-        trained["seconds"] += seconds
+        if clock["warm"]:  # the first interval compiles and fills caches
+            trained["images"] += images
+            trained["seconds"] += seconds
         mfu = rate * 3 * vit.flops_per_image / (peak * grid.world.size) if peak else None
         epoch = (images_seen + (step - start_step) * config.global_batch_size) / len(train_set)
         values = dict(
@@ -589,7 +591,7 @@ def main(argv: list[str] | None = None) -> None:
                 + f" | {values['memory_gib']:.1f} GiB"
                 + f" | data wait {100 * values['data_wait']:.0f} %")
         log.print(line)
-        clock.update(start=now, step=step, wait=0.0)
+        clock.update(start=now, step=step, wait=0.0, warm=True)
 
     # ---- train
     log.open(config, start_step, total_steps)
@@ -659,9 +661,10 @@ def main(argv: list[str] | None = None) -> None:
         log.print(f"stopped by {stop.name or 'a signal'} at step {step:,}; saved {saved}; "
                   f"the same command continues")
     elif result is not None:
-        rate = trained["images"] / max(trained["seconds"], 1e-9)
-        log.print(f"done: top-1 {100 * result['val_top1']:.2f} % on {result['val_count']:,} "
-                  f"images, {rate:,.0f} images/s, checkpoint {saved or resume}")
+        rate = trained["images"] / trained["seconds"] if trained["seconds"] else 0
+        log.print(f"done: top-1 {100 * result['val_top1']:.2f} % on {result['val_count']:,} images"
+                  + (f", {rate:,.0f} images/s" if rate else "")
+                  + f", checkpoint {saved or resume}")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
