@@ -262,7 +262,7 @@ def activation_bytes(vit: ViTConfig, config: TrainConfig, images: int) -> int:
     Per token of a block, in elements of the activations' dtype: the two norms' inputs 2D and
     outputs, gathered over tp, 2tD; q, k, v and attention's output 4D; the MLP's hidden layer before
     and after GELU 2F; a byte for each of two dropout masks. Selective keeps the block's input, qkv,
-    attention's output, fc1's and the row layers' outputs, 6D + F. Full keeps block inputs, and while
+    attention's output, fc1's and one row layer's output, 6D + F. Full keeps block inputs and, while
     backward is in a recomputed run of blocks, that run's own activations.
     """
     d, f, t = vit.hidden_size, vit.ffn_hidden_size, config.tensor_parallel_size
@@ -288,13 +288,20 @@ def memory_plan(vit: ViTConfig, config: TrainConfig, tp: int, dp: int, micro: in
     with torch.device("meta"):
         model = ViT(vit, grid)
     buckets = [bucket for unit in plan_buckets(model, grid) for bucket in unit]
-    numel = sum(bucket.numel for bucket in buckets)
-    mine = sum(bucket.end - bucket.begin for bucket in buckets)
     o2 = config.precision == "bf16-O2"
     moments = 2 if config.optimizer == "adamw" else (1 if config.momentum else 0)
-    return {"weights": numel * (2 if o2 else 4), "gradients": numel * 4,
-            "masters and moments": mine * 4 * (moments + o2),
+    return {"weights": sum(_block(b.numel * (2 if o2 else 4)) for b in buckets),
+            "gradients": sum(_block(b.numel * 4) for b in buckets),
+            "masters and moments": (moments + o2) * sum(_block((b.end - b.begin) * 4)
+                                                        for b in buckets),
             "activations": activation_bytes(vit, config, micro // tp)}
+
+
+def _block(size: int) -> int:
+    """Bytes that torch's CUDA allocator takes for a buffer: from 10 MiB on it reserves steps of
+    2 MiB, and leaves a rest of less than 1 MiB in the block (3 % of B/16's state)."""
+    rest = -size % 2**21
+    return size + (rest if size >= 10 * 2**20 and rest < 2**20 else 0)
 
 
 def dry_run(config: TrainConfig, vit: ViTConfig, train_set, val_set, total_steps: int, batch: tuple,
