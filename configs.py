@@ -193,11 +193,12 @@ class TrainConfig:
         "uniform", "full: uniform: every run of N layers as one; block: only the first N layers")
     checkpoint_num_layers: int = flag(1, "full: N of --checkpoint-method")
     # optimizer
-    optimizer: Literal["adamw", "sgd"] = flag("adamw", "decoupled weight decay in both")
+    optimizer: Literal["adamw", "sgd"] = flag("adamw", "torch.optim's, fused, sharded (ZeRO-1)")
     lr: float = flag(3e-3, "peak learning rate; never rescaled silently")
     min_lr: float = flag(1e-5, "learning rate at the end of the cosine")
     warmup_steps: int = flag(10_000, "steps of linear warm-up")
-    weight_decay: float = flag(0.3, "decoupled: w -= lr * decay * w; matrices only")
+    weight_decay: float = flag(0.3, "on matrices only; adamw: decoupled, w -= lr * decay * w; "
+                               "sgd: added to the gradient")
     adam_beta1: float = flag(0.9, "AdamW beta 1")
     adam_beta2: float = flag(0.999, "AdamW beta 2")
     adam_eps: float = flag(1e-8, "AdamW epsilon")
@@ -255,7 +256,7 @@ RECIPES = {
     "demo": dict(
         model="demo", precision="fp32", epochs=5.0, global_batch_size=64, lr=2e-3, warmup_steps=100,
         adam_beta2=0.95, weight_decay=0.05, hidden_dropout=0.0, augmentation="none",
-        crop_ratio=1.0, num_workers=0, eval_interval=200, save_interval=200),
+        crop_ratio=1.0, num_workers=0, log_interval=25, eval_interval=125, save_interval=125),
     # NeMo's from-scratch recipe for B/16. Not run at this scale here.
     "pretrain": dict(),
     # The ViT paper's fine-tuning, as NeMo's page has it: 20,000 steps at 512 or 518 px.
@@ -264,6 +265,16 @@ RECIPES = {
         min_lr=0.0, warmup_steps=0, weight_decay=0.0, augmentation="crop-flip"),
 }
 FINETUNE_IMAGE_SIZE = {16: 512, 14: 518}  # by patch size; 512 is no multiple of 14
+# Flags that act only beside certain values of another: given otherwise, they are an error.
+NEEDS = {
+    "checkpoint_method": ("activation_checkpointing", ["full"]),
+    "checkpoint_num_layers": ("activation_checkpointing", ["full"]),
+    "adam_beta1": ("optimizer", ["adamw"]),
+    "adam_beta2": ("optimizer", ["adamw"]),
+    "adam_eps": ("optimizer", ["adamw"]),
+    "momentum": ("optimizer", ["sgd"]),
+    "crop_scale": ("augmentation", ["nemo", "crop-flip", "crop"]),
+}
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -298,6 +309,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[TrainConfig, ViTConfig, s
     shape = MODELS[values["model"]]
     if recipe == "finetune" and shape.patch_size in FINETUNE_IMAGE_SIZE:
         values.setdefault("image_size", FINETUNE_IMAGE_SIZE[shape.patch_size])
+
+    for name, (other, legal) in NEEDS.items():
+        value = values.get(other, getattr(TrainConfig, other))
+        if name in given and value not in legal:
+            raise ValueError(f"{_flag(name)} has no effect with {_flag(other)} {value}; it needs "
+                             f"{_flag(other)} {' or '.join(map(str, legal))}")
+    if {"epochs", "max_steps"} <= set(given):
+        raise ValueError("--epochs and --max-steps contradict each other; give one of them")
 
     def pick(cls):
         return {k: v for k, v in values.items() if k in {f.name for f in fields(cls)}}
