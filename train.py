@@ -466,7 +466,8 @@ def main(argv: list[str] | None = None) -> None:
         total_steps = config.max_steps or max(
             int(config.epochs * len(train_set)) // config.global_batch_size, 1)
         if config.dry_run:
-            dry_run(config, vit, train_set, val_set, total_steps, batch, device)
+            if rank == 0:
+                dry_run(config, vit, train_set, val_set, total_steps, batch, device)
             return
         on_rank_0(grid, lambda: check_output_dir(config, vit))
         if not (Path(config.output_dir) / "checkpoints").is_dir():
