@@ -542,9 +542,13 @@ def save_checkpoint(root: Path, step: int, optimizer: ShardedOptimizer, meta: di
                     "files": {f"rank_{r:05d}.pt": size for r, (_, size) in enumerate(reports)},
                     "where": {name: f"rank_{r:05d}.pt" for name, r in owner.items()}}
             _replace_text(temporary / "meta.json", json.dumps(meta, indent=1))
-            shutil.rmtree(final, ignore_errors=True)  # one that was incomplete
+            replaced = root / f".{final.name}.old"
+            shutil.rmtree(replaced, ignore_errors=True)
+            if final.exists():  # moved aside, not deleted: a crash here must not lose it
+                os.rename(final, replaced)
             os.rename(temporary, final)
             _fsync_directory(root)
+            shutil.rmtree(replaced, ignore_errors=True)
             _replace_text(root / "latest", final.name + "\n")
         except OSError as e:
             errors = [f"could not publish {final}: {e}"]

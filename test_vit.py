@@ -1033,6 +1033,7 @@ def test_a_failed_save_harms_nothing(tmp_path, monkeypatch):
     def full_disk(tensors, file):
         file.write(b"x" * 100)
         raise OSError(28, "No space left on device")
+    assert parallel.save_checkpoint(tmp_path, 1, optimizer, {}) == first, "saved twice"
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="step 2 failed.*No space left"):
         parallel.save_checkpoint(tmp_path, 2, optimizer, {})
