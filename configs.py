@@ -206,7 +206,7 @@ class TrainConfig:
     clip_grad: float = flag(1.0, "largest global gradient norm; 0: no clipping")
     # images
     augmentation: Literal["nemo", "crop-flip", "crop", "none"] = flag(
-        "nemo", "nemo: random crop, flip, colour jitter 0.4/0.4/0.4/0.1, AutoAugment")
+        "nemo", "nemo: random crop, flip, AutoAugment, colour jitter 0.4/0.4/0.4/0.1")
     crop_scale: float = flag(0.08, "least area of the random crop")
     crop_ratio: float = flag(0.875, "evaluation: image side / resized shorter side")
     mean: tuple[float, float, float] = flag((0.485, 0.456, 0.406), "pixel mean, R,G,B")

@@ -16,6 +16,9 @@ A batch is images uint8 [b, 3, H, W], labels int64 [b], indices int64 [b], with
     label >= 0, index >= 0    an image
     label -100, index >= 0    an unreadable image, drawn black: the loss ignores label -100
     label -100, index -1      padding of an evaluation batch, drawn black
+
+and, when training with --augmentation nemo, the rows float32 [b, 8] of `color_jitter`: workers draw
+them with the view's generator, and the device applies them in `normalize`.
 """
 
 import functools
@@ -66,7 +69,8 @@ def decode(file) -> Image.Image:
                 orientation = None
             if image.mode[0] in "IF":  # Pillow's own conversion would clip these to white
                 image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode))
-            image = image.convert("RGB")
+            if image.mode != "RGB":  # else convert() would copy it
+                image = image.convert("RGB")
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
@@ -325,22 +329,37 @@ class EvalSampler:
 BICUBIC = v2.InterpolationMode.BICUBIC
 
 
+JITTER = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)  # NeMo's: brightness, contrast, saturation, hue
+HUE = 3  # its number in ColorJitter's order
+
+
 def train_transform(config: TrainConfig, image_hw: tuple[int, int]):
-    """The random view of --augmentation, PIL to PIL; draws from torch's generator alone."""
+    """The random view of --augmentation, PIL to uint8 [3, H, W]; draws from torch's generator.
+
+    Resizing is torch's, on bytes: a third of the time of Pillow's. NeMo's list ends with the colour
+    jitter, which costs more than all the rest here and is left to the device: `color_jitter`.
+    """
     if config.augmentation == "none":
         return eval_transform(config, image_hw)
-    steps = [v2.RandomResizedCrop(image_hw, scale=(config.crop_scale, 1.0), interpolation=BICUBIC)]
+    steps = [v2.PILToTensor(), v2.RandomResizedCrop(image_hw, scale=(config.crop_scale, 1.0),
+                                                    interpolation=BICUBIC)]
     if config.augmentation in ("crop-flip", "nemo"):
         steps += [v2.RandomHorizontalFlip()]
-    if config.augmentation == "nemo":  # NeMo's list and order; it fills with grey 128
-        steps += [v2.ColorJitter(0.4, 0.4, 0.4, 0.1),
-                  v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, interpolation=BICUBIC, fill=128)]
+    if config.augmentation == "nemo":  # in Pillow, as only that turns bicubically; NeMo's grey 128
+        steps += [_to_pil, v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, interpolation=BICUBIC,
+                                          fill=128), v2.PILToTensor()]
     return v2.Compose(steps)
 
 
+def _to_pil(view: torch.Tensor) -> Image.Image:
+    """v2.ToPILImage of uint8 [3, H, W], in a sixth of its time: planes need no transposition."""
+    return Image.merge("RGB", [Image.fromarray(plane) for plane in view.numpy()])
+
+
 def eval_transform(config: TrainConfig, image_hw: tuple[int, int]):
-    """The view of evaluation, PIL to PIL: a function image -> `centre_view(image, ...)`."""
-    return functools.partial(centre_view, image_hw=image_hw, crop_ratio=config.crop_ratio)
+    """The view of evaluation, PIL to uint8 [3, H, W]: `centre_view`."""
+    view = functools.partial(centre_view, image_hw=image_hw, crop_ratio=config.crop_ratio)
+    return v2.Compose([view, v2.PILToTensor()])
 
 
 def centre_view(image: Image.Image, image_hw: tuple[int, int], crop_ratio: float) -> Image.Image:
@@ -361,42 +380,90 @@ def centre_view(image: Image.Image, image_hw: tuple[int, int], crop_ratio: float
                         box=(left * x, top * y, (left + w) * x, (top + h) * y))
 
 
-def to_uint8(image: Image.Image) -> torch.Tensor:
-    """A PIL RGB image as uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
 class Views(Dataset):
-    """(epoch, index) -> view uint8 [3, H, W], label, index; see the module's table of labels."""
+    """(epoch, index) -> view uint8 [3, H, W], label, index (see the module's table of labels) and,
+    with jitter, the row float32 [8] that `color_jitter` takes; zeros where there is no image."""
 
-    def __init__(self, source, transform, image_hw: tuple[int, int], seed: int):
+    def __init__(self, source, transform, image_hw: tuple[int, int], seed: int, jitter=False):
         self.source, self.transform, self.image_hw, self.seed = source, transform, image_hw, seed
-        self.black = torch.zeros(3, *image_hw, dtype=torch.uint8)
+        self.jitter, self.black = jitter, torch.zeros(3, *image_hw, dtype=torch.uint8)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
         epoch, index = key
+        missing = self.black, IGNORE, index, *[torch.zeros(8)] * self.jitter
         if index == PADDING:
-            return self.black, IGNORE, index
+            return missing
         try:
             image, label = self.source.load(index)
         except Exception:  # noqa: BLE001 whatever went wrong in reading; below it would be a bug
-            return self.black, IGNORE, index
+            return missing
         with torch.random.fork_rng(devices=[]):
             # not torch.manual_seed: with no workers that reseeds the trainer's GPU generator
             torch.default_generator.manual_seed(stable_seed("view", self.seed, epoch, index))
-            image = self.transform(image)
-        return to_uint8(image), label, index
+            return self.transform(image), label, index, *[draw_jitter()] * self.jitter
 
 
-def normalize(images: torch.Tensor, mean, std, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 [b, 3, H, W] to (x / 255 - mean) / std of the given dtype, computed in fp32."""
-    mean, std = _channels(tuple(mean), images.device), _channels(tuple(std), images.device)
-    return ((images.float() / 255 - mean) / std).to(dtype)
+# ----------------------------------------------------------------------------- on the device
+def normalize(images: torch.Tensor, mean, std, dtype: torch.dtype,
+              jitter: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 [b, 3, H, W], jittered if rows [b, 8] are given, to (x / 255 - mean) / std of dtype.
+
+    Computed in fp32. Compiles to one graph, and never makes the host wait.
+    """
+    x = images.float() / 255
+    if jitter is not None:
+        x = color_jitter(x, jitter)
+    return torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], 1).to(dtype)
 
 
-@functools.lru_cache(maxsize=16)  # a copy to the GPU at every step would make the host wait
-def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
+def draw_jitter() -> torch.Tensor:
+    """One draw of torchvision's ColorJitter as float32 [8]: the order of its four operations
+    (0 brightness, 1 contrast, 2 saturation, 3 hue), then their factors."""
+    drawn = JITTER.make_params([])
+    return torch.tensor([*drawn["fn_idx"].tolist(), drawn["brightness_factor"],
+                         drawn["contrast_factor"], drawn["saturation_factor"], drawn["hue_factor"]])
+
+
+def color_jitter(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """torchvision's ColorJitter on float x [b, 3, H, W] in 0..1, image i as rows[i] of [b, 8] says.
+
+    NeMo jitters before AutoAugment; here it comes after, as in timm: both draw independently of
+    the image, so each keeps its distribution, but AutoAugment's grey fill is jittered too.
+    Each image has its own order, and a batch has one program: blends, hue, blends, where a blend
+    that is not this image's turn has factor 1.
+    """
+    order, factors = rows[:, :4], rows[:, 4:]
+    factor = factors.gather(1, order.long())
+    hue_slot = (order == HUE).int().argmax(1, keepdim=True)
+    slot = torch.arange(4, device=x.device)
+    before, after = factor.where(slot < hue_slot, 1), factor.where(slot > hue_slot, 1)
+    for i in range(3):
+        x = _blend(x, order[:, i], before[:, i])
+    x = _shift_hue(x, factors[:, HUE])
+    for i in range(1, 4):
+        x = _blend(x, order[:, i], after[:, i])
+    return x
+
+
+def _blend(x: torch.Tensor, operation: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Brightness, contrast and saturation: away from black, the mean grey, each pixel's grey."""
+    operation, factor = operation.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
+    grey = (0.2989 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]
+    other = grey.where(operation == 2, grey.mean((2, 3), keepdim=True) * (operation == 1))
+    return (factor * x + (1 - factor) * other).clamp(0, 1)
+
+
+def _shift_hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Turns the hue of RGB x [b, 3, H, W] by shift [b] turns; value and chroma stay."""
+    r, g, b = x.unbind(1)
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    scale = 1 / chroma.where(chroma > 0, 1)  # grey has no hue, and chroma 0 below
+    sixths = torch.where(value == r, (g - b) * scale,
+                         torch.where(value == g, 2 + (b - r) * scale, 4 + (r - g) * scale))
+    sixths = sixths + 6 * shift.view(-1, 1, 1)
+    # a channel falls below value by chroma, on a trapezoid over the circle of hues
+    k = torch.stack([(sixths + n) % 6 for n in (5, 3, 1)], 1)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 # ----------------------------------------------------------------------------- loaders
@@ -407,7 +474,8 @@ def train_loader(source, config: TrainConfig, image_hw: tuple[int, int], local_b
     rank and world count the processes that own images: all of them, tensor-parallel ones too.
     Raises ValueError for a batch that does not divide, and as `_loader` does.
     """
-    views = Views(source, train_transform(config, image_hw), image_hw, config.seed)
+    views = Views(source, train_transform(config, image_hw), image_hw, config.seed,
+                  jitter=config.augmentation == "nemo")
     sampler = StreamSampler(len(source), config.seed, config.global_batch_size, local_batch,
                             rank, world, start_image, num_steps)
     return _loader(views, sampler, config, local_batch, world, device)

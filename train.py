@@ -534,11 +534,15 @@ def main(argv: list[str] | None = None) -> None:
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16,
                                  enabled=config.precision == "bf16")
 
-    def prepare(images):
-        """uint8 [b,3,H,W] of the loader -> normalised images on the device."""
-        images = images.to(device, non_blocking=True)
-        return data.normalize(images, config.mean, config.std,
-                                     torch.bfloat16 if o2 else torch.float32)
+    normalize = data.normalize
+    if use_compile:
+        normalize = torch.compile(normalize, fullgraph=True, dynamic=False)
+
+    def prepare(images, *jitter):
+        """What the loader gives, uint8 [b,3,H,W] and jitter [b,8] if any -> the model's input."""
+        images, *jitter = [x.to(device, non_blocking=True) for x in (images, *jitter)]
+        return normalize(images, config.mean, config.std,
+                         torch.bfloat16 if o2 else torch.float32, *jitter)
 
     def save(step: int) -> Path:
         meta = dict(images_seen=images_seen + (step - start_step) * config.global_batch_size,
@@ -623,13 +627,13 @@ def main(argv: list[str] | None = None) -> None:
                 if stopped or unreadable.error():
                     break
                 waited = time.perf_counter()
-                images, labels, indices = next(batches)
+                images, labels, indices, *jitter = next(batches)
                 clock["wait"] += time.perf_counter() - waited
                 bad |= data.unreadable_in(labels, indices) - unreadable.indices
                 valid = (labels >= 0).sum().to(device, non_blocking=True)
                 labels = labels.to(device, non_blocking=True)
                 with autocast():
-                    logits = model(prepare(images)).float()
+                    logits = model(prepare(images, *jitter)).float()
                 loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
                 # A sum over the images of all ranks and micro-batches / the global batch.
                 optimizer.backward(loss / config.global_batch_size,
