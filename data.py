@@ -390,7 +390,7 @@ class Views(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
         epoch, index = key
-        missing = self.black, IGNORE, index, *[torch.zeros(8)] * self.jitter
+        missing = self.black, IGNORE, index, *([torch.zeros(8)] if self.jitter else [])
         if index == PADDING:
             return missing
         try:
@@ -400,7 +400,8 @@ class Views(Dataset):
         with torch.random.fork_rng(devices=[]):
             # not torch.manual_seed: with no workers that reseeds the trainer's GPU generator
             torch.default_generator.manual_seed(stable_seed("view", self.seed, epoch, index))
-            return self.transform(image), label, index, *[draw_jitter()] * self.jitter
+            view = self.transform(image)
+            return view, label, index, *([draw_jitter()] if self.jitter else [])
 
 
 # ----------------------------------------------------------------------------- on the device
@@ -420,8 +421,8 @@ def draw_jitter() -> torch.Tensor:
     """One draw of torchvision's ColorJitter as float32 [8]: the order of its four operations
     (0 brightness, 1 contrast, 2 saturation, 3 hue), then their factors."""
     drawn = JITTER.make_params([])
-    return torch.tensor([*drawn["fn_idx"].tolist(), drawn["brightness_factor"],
-                         drawn["contrast_factor"], drawn["saturation_factor"], drawn["hue_factor"]])
+    names = "brightness", "contrast", "saturation", "hue"
+    return torch.tensor([*drawn["fn_idx"].tolist(), *(drawn[f"{name}_factor"] for name in names)])
 
 
 def color_jitter(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -458,8 +459,8 @@ def _shift_hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     r, g, b = x.unbind(1)
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)
     scale = 1 / chroma.where(chroma > 0, 1)  # grey has no hue, and chroma 0 below
-    sixths = torch.where(value == r, (g - b) * scale,
-                         torch.where(value == g, 2 + (b - r) * scale, 4 + (r - g) * scale))
+    sixths = torch.where((r >= g) & (r >= b), (g - b) * scale,
+                         torch.where(g >= b, 2 + (b - r) * scale, 4 + (r - g) * scale))
     sixths = sixths + 6 * shift.view(-1, 1, 1)
     # a channel falls below value by chroma, on a trapezoid over the circle of hues
     k = torch.stack([(sixths + n) % 6 for n in (5, 3, 1)], 1)
