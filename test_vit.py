@@ -22,6 +22,7 @@ import textwrap
 import time
 import traceback
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -287,21 +288,6 @@ def test_logits_equal_timms(name, theirs):
     assert logits_difference(name, reference) < 1e-4
 
 
-def from_torchvision(weights):
-    """torchvision's names of a ViT's weights -> timm's, which are ours."""
-    rules = [("class_token", "cls_token"), ("conv_proj.", "patch_embed.proj."),
-             ("encoder.pos_embedding", "pos_embed"), (r"encoder.layers.encoder_layer_", "blocks."),
-             ("ln_1.", "norm1."), ("ln_2.", "norm2."), ("self_attention.in_proj_", "attn.qkv."),
-             ("self_attention.out_proj.", "attn.proj."), ("mlp.0.", "mlp.fc1."),
-             ("mlp.3.", "mlp.fc2."), ("encoder.ln.", "norm."), ("heads.head.", "head.")]
-    renamed = {}
-    for name, tensor in weights.items():
-        for old, new in rules:
-            name = name.replace(old, new)
-        renamed[name] = tensor
-    return renamed
-
-
 @pytest.mark.parametrize("name, theirs", [("B16", "vit_b_16"), ("L16", "vit_l_16")])
 def test_logits_equal_torchvisions(name, theirs):
     """Same weights, same logits as torchvision's ViT to 1e-4 in fp32 (12 or 24 blocks of rounding;
@@ -309,7 +295,9 @@ def test_logits_equal_torchvisions(name, theirs):
     import torchvision
     with torch.device("meta"):
         reference = getattr(torchvision.models, theirs)()
-    assert logits_difference(name, reference, from_torchvision) < 1e-4
+    names = model_module.NAMES["torchvision"]
+    assert logits_difference(name, reference, lambda weights: {
+        model_module.rename(k, names): v for k, v in weights.items()}) < 1e-4
 
 
 def test_initialisation_is_nemos():
@@ -1058,6 +1046,334 @@ def test_incomplete_checkpoints_are_never_chosen(tmp_path):
         parallel.load_checkpoint(four, optimizer)
     parallel.save_checkpoint(tmp_path, 5, optimizer, {}, keep_last=1)
     assert [p.name for p in parallel.complete_checkpoints(tmp_path)] == ["step_00000005"]
+
+
+# ----------------------------------------------------------------------------- weights of others
+# Files are written by the library itself (Google's by a writer of its own) from random weights.
+SMALL = ViTConfig(hidden_size=32, ffn_hidden_size=80, num_layers=2, num_attention_heads=4,
+                  patch_size=8, image_size=32, num_classes=5, num_class_tokens=1, head="linear",
+                  hidden_dropout=0.0)
+OUR_FACTS = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+
+
+def their_model(fmt, config=SMALL, **more):
+    """The library's model of our shape with random weights, and the file that it writes."""
+    d, f, heads, size = 32, 80, 4, config.image_size
+    if fmt == "timm":
+        model = pytest.importorskip("timm").models.VisionTransformer(**dict(
+            img_size=size, patch_size=8, num_classes=5, embed_dim=d, depth=2, num_heads=heads,
+            mlp_ratio=f / d) | more)
+    elif fmt == "torchvision":
+        from torchvision.models import VisionTransformer
+        model = VisionTransformer(size, 8, 2, heads, d, f, num_classes=5, **more)
+    else:
+        transformers = pytest.importorskip("transformers")
+        model = getattr(transformers, more.pop("cls", "ViTForImageClassification"))(
+            transformers.ViTConfig(
+                hidden_size=d, intermediate_size=f, num_hidden_layers=2, num_attention_heads=heads,
+                image_size=size, patch_size=8, num_labels=5, **more))
+    return randomised(model)
+
+
+def randomised(model):
+    """Random values everywhere: nothing that is zero or one by default hides a mistake."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=_generator(name)) + 0.1 * (p.ndim == 1))
+    return model.eval()
+
+
+def google_npz(state, path, heads=4):
+    """Flax's layout of our weights, name by name."""
+    s = {name: x.numpy() for name, x in state.items()}
+    d = s["cls_token"].shape[-1]
+    out = {"cls": s["cls_token"], "Transformer/posembed_input/pos_embedding": s["pos_embed"],
+           "embedding/kernel": s["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+           "embedding/bias": s["patch_embed.proj.bias"]}
+    for theirs, ours in (("head", "head"), ("pre_logits", "pre_logits.fc")):
+        if ours + ".weight" in s:
+            out |= {theirs + "/kernel": s[ours + ".weight"].T, theirs + "/bias": s[ours + ".bias"]}
+    norms = [("Transformer/encoder_norm", "norm")]
+    for i in range(2):
+        a, b = f"Transformer/encoderblock_{i}/", f"blocks.{i}."
+        norms += [(a + "LayerNorm_0", b + "norm1"), (a + "LayerNorm_2", b + "norm2")]
+        for j, part in enumerate(("query", "key", "value")):
+            rows, name = slice(j * d, (j + 1) * d), f"{a}MultiHeadDotProductAttention_1/{part}/"
+            out[name + "kernel"] = s[b + "attn.qkv.weight"][rows].T.reshape(d, heads, -1)
+            out[name + "bias"] = s[b + "attn.qkv.bias"][rows].reshape(heads, -1)
+        name = a + "MultiHeadDotProductAttention_1/out/"
+        out[name + "kernel"] = s[b + "attn.proj.weight"].T.reshape(heads, -1, d)
+        out[name + "bias"] = s[b + "attn.proj.bias"]
+        for theirs, ours in (("MlpBlock_3/Dense_0/", "mlp.fc1."), ("MlpBlock_3/Dense_1/",
+                                                                  "mlp.fc2.")):
+            out[a + theirs + "kernel"] = s[b + ours + "weight"].T
+            out[a + theirs + "bias"] = s[b + ours + "bias"]
+    for theirs, ours in norms:
+        out |= {theirs + "/scale": s[ours + ".weight"], theirs + "/bias": s[ours + ".bias"]}
+    np.savez(path, **out)
+
+
+def ours_from(path, fmt, config=SMALL, image_size=None, **changes):
+    """Our model of a file, as train.py makes it: (model, facts, report)."""
+    weights = model_module.read_weights(path, image_size)
+    assert weights.format == fmt
+    config = replace(config, layernorm_eps=weights.facts["layernorm_eps"], **changes)
+    fitted, report = model_module.fit_weights(weights, config)
+    model = ViT(config, seed=3).eval()
+    model_module.load_weights(model, fitted)
+    return model, weights.facts, report
+
+
+def assert_same_logits(ours, theirs, size=(32, 32)):
+    """To 1e-4 in fp32: two blocks' rounding is 1e-6, a wrong epsilon, GELU or axis 1e-3 and up."""
+    images = torch.randn(3, 3, *size, generator=_generator("images"))
+    with torch.no_grad():
+        y, z = ours(images), theirs(images)
+        z = getattr(z, "logits", z)
+    assert y.std() > 0.1 and (y - z).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("fmt, suffix", [
+    ("timm", ".pth"), ("timm", ".safetensors"), ("timm", "2019.pth"), ("hf", ".safetensors"),
+    ("hf", ".bin"), ("torchvision", ".pth"), ("google", ".npz"), ("google", "mlp.npz")])
+def test_a_librarys_file_gives_the_librarys_logits(tmp_path, fmt, suffix):
+    """Every format, at its own resolution and resized to 48 x 64 (theirs with our positions, since
+    libraries resize differently; timm's own resize is compared below)."""
+    path, head, eps = tmp_path / f"w{suffix}", "linear", dict(hf=1e-12).get(fmt, 1e-6)
+    if fmt == "google":
+        head = "mlp" if "mlp" in suffix else "linear"
+        theirs = randomised(ViT(replace(SMALL, head=head)))
+        google_npz(theirs.state_dict(), path)
+    else:
+        theirs = their_model(fmt)
+        if suffix == ".safetensors":
+            pytest.importorskip("safetensors.torch").save_file(theirs.state_dict(), path)
+        else:  # before 1.6 torch wrote a format that cannot be mapped; MAE and others wrap theirs
+            torch.save({"model": theirs.state_dict()}, path,
+                       _use_new_zipfile_serialization="2019" not in suffix)
+    ours, facts, report = ours_from(path, fmt, head=head)
+    assert_same_logits(ours, theirs)
+    assert len(report) == 1 and facts["layernorm_eps"] == eps and facts["head"] == head
+    assert facts["mean"] == ((0.485, 0.456, 0.406) if fmt == "torchvision" else (0.5,) * 3)
+    ours, _, report = ours_from(path, fmt, replace(SMALL, image_size=(48, 64)), head=head)
+    if fmt == "timm":
+        theirs.set_input_size((48, 64))  # timm's own resize
+    elif fmt == "hf":
+        theirs.vit.embeddings.interpolate_pos_encoding = lambda *args: ours.pos_embed
+        theirs = partial(theirs, interpolate_pos_encoding=True)
+    elif fmt == "torchvision":
+        theirs.encoder.pos_embedding = ours.pos_embed
+        theirs._process_input = lambda x: theirs.conv_proj(x).flatten(2).transpose(1, 2)
+    else:
+        theirs.pos_embed = ours.pos_embed
+    assert_same_logits(ours, theirs, (48, 64))
+    assert report[1] == "pos_embed resized from 4x4 to 6x8"
+
+
+def test_a_hub_folder_tells_its_facts_and_a_backbone_has_no_head(tmp_path):
+    """save_pretrained's folder: epsilon and heads of config.json; ViTModel's pooler (linear, tanh)
+    is the pretraining head's hidden layer, and only the head is newly initialised."""
+    their_model("hf", layer_norm_eps=1e-3).save_pretrained(tmp_path / "whole")
+    _, facts, report = ours_from(tmp_path / "whole", "hf")
+    assert (facts["layernorm_eps"], facts["num_attention_heads"], len(report)) == (1e-3, 4, 1)
+    theirs = their_model("hf", cls="ViTModel")
+    theirs.save_pretrained(tmp_path / "bare")
+    ours, _, report = ours_from(tmp_path / "bare", "hf", head="mlp")
+    assert report == ["32 weights loaded",
+                      "head newly initialised for 5 classes: the file has none"]
+    ours.head = torch.nn.Identity()
+    assert_same_logits(ours, lambda x: theirs(x).pooler_output)
+
+
+def test_timms_registers_are_class_tokens_and_positions_are_never_guessed(tmp_path):
+    """reg_tokens=7 is our 8 class tokens; a file whose patches are no square, or whose class tokens
+    have no position, is refused without --init-image-size and exact with it."""
+    for more, size, count in [(dict(reg_tokens=7), None, 8), (dict(img_size=(16, 64)), (16, 64), 1),
+                              (dict(no_embed_class=True), 32, 1)]:
+        theirs = their_model("timm", **more)
+        torch.save(theirs.state_dict(), tmp_path / "w.pth")
+        if more == dict(no_embed_class=True):
+            with pytest.raises(ValueError, match="16 positions.*--init-image-size"):
+                model_module.read_weights(tmp_path / "w.pth")
+        config = replace(SMALL, image_size=size or 32, num_class_tokens=count)
+        ours, _, _ = ours_from(tmp_path / "w.pth", "timm", config, size)
+        assert_same_logits(ours, theirs, config.image_hw)
+    theirs = their_model("timm", img_size=(16, 24))
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="7 positions.*2x2 grid.*--init-image-size"):
+        model_module.read_weights(tmp_path / "w.pth")
+
+
+def test_positions_are_bit_equal_at_the_same_size_and_equal_timms_at_others():
+    """Class positions stay, any grid (61 and 39 are what a scale factor rounds wrong), and bf16 is
+    resized in fp32 and rounded once."""
+    pos, resize = torch.randn(1, 8 + 14 * 14, 6), model_module.resize_pos_embed
+    assert resize(pos, 8, (14, 14), (14, 14)) is pos
+    layers = pytest.importorskip("timm.layers")
+    for new in [(32, 32), (61, 39), (7, 7), (196, 1)]:
+        ours = resize(pos, 8, (14, 14), new)
+        theirs = layers.resample_abs_pos_embed(pos, list(new), [14, 14], num_prefix_tokens=8)
+        assert torch.equal(ours[:, :8], pos[:, :8]) and (ours - theirs).abs().max() < 1e-6
+        assert torch.equal(resize(pos.bfloat16(), 8, (14, 14), new),
+                           resize(pos.bfloat16().float(), 8, (14, 14), new).bfloat16())
+
+
+def export(path, config, fmt, facts=OUR_FACTS):
+    """(our model of random weights, the code that opens its export)"""
+    model = randomised(ViT(config))
+    tensors = model_module.to_format(model.state_dict(), config, fmt)
+    return model, model_module.write_weights(path, tensors, config, fmt, {
+        **facts, "layernorm_eps": config.layernorm_eps, "image_size": config.image_size})
+
+
+@pytest.mark.parametrize("fmt, name, change", [
+    ("timm", "w.pt", {}), ("timm", "w.safetensors", {}), ("hf", "model.safetensors", {}),
+    ("torchvision", "w.pt", {}), ("torchvision", "w.safetensors", dict(head="mlp")),
+    ("timm", "w.pt", dict(num_class_tokens=8, image_size=(16, 40), gelu_approximate="tanh"))])
+def test_an_export_opens_strictly_in_its_library_and_returns_bit_equal(tmp_path, fmt, name, change):
+    """The printed code, run as it is, gives a model with our logits; our reader gets the same bits
+    back, with the run's own epsilon and pixels. Eight class tokens are timm's token and seven
+    registers; the pretraining head is torchvision's representation layer."""
+    for library in {"hf": ["transformers"], "timm": ["timm"]}.get(fmt, []):
+        pytest.importorskip(library)
+    if "safetensors" in name:
+        pytest.importorskip("safetensors")
+    config = replace(SMALL, layernorm_eps=1e-5, **change)
+    model, code = export(tmp_path / name, config, fmt)
+    scope = {}
+    exec(code, scope)
+    assert_same_logits(model, scope["model"].eval(), config.image_hw)
+    back, facts, report = ours_from(tmp_path / name, fmt, config)
+    assert len(report) == 1 and facts["std"] == OUR_FACTS["std"] and facts["layernorm_eps"] == 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters(),
+                                                 strict=True))
+
+
+def test_a_hugging_face_export_is_a_folder_with_classes_and_pixels(tmp_path):
+    """from_pretrained needs no more than the folder, for the model and for the image processor."""
+    transformers = pytest.importorskip("transformers")
+    export(tmp_path / "model.safetensors", SMALL, "hf",
+           OUR_FACTS | {"classes": ["ant", "bee", "cat", "dog", "\u00e9lan"]})
+    theirs = transformers.ViTForImageClassification.from_pretrained(tmp_path)
+    assert theirs.config.id2label[4] == "\u00e9lan"
+    pixels = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert tuple(pixels.image_std) == OUR_FACTS["std"]
+    with pytest.raises(ValueError, match="give FOLDER/model.safetensors"):
+        export(tmp_path / "w.pt", SMALL, "hf")
+
+
+@pytest.mark.parametrize("change, fmt, words", [
+    (dict(num_class_tokens=8), "hf", "one class token, this model has 8.*reg_tokens=7"),
+    (dict(head="mlp"), "timm", "no place for the pretraining head.*--format torchvision"),
+    (dict(image_size=(16, 32)), "torchvision", "square"),
+    (dict(gelu_approximate="tanh"), "torchvision", "exact GELU"),
+])
+def test_what_a_library_does_not_have_is_refused(change, fmt, words):
+    config = replace(SMALL, **change)
+    with pytest.raises(ValueError, match=words):
+        model_module.to_format(ViT(config).state_dict(), config, fmt)
+
+
+def test_weights_load_by_layout_and_only_a_head_of_another_size_is_new(tmp_path):
+    """Each tensor-parallel rank gets its own part; nine classes leave the head at its own
+    initialisation and say so; another model is refused with the name of the one that fits."""
+    source, _ = export(tmp_path / "w.pt", SMALL, "timm")
+    weights = model_module.read_weights(tmp_path / "w.pt")
+    full = dict(source.named_parameters())
+    for rank in range(2):
+        model = ViT(SMALL, Grid(tp=parallel.Axis(rank, 2)))
+        model_module.load_weights(model, model_module.fit_weights(weights, SMALL)[0])
+        for name, param in model.named_parameters():
+            assert torch.equal(param, parallel.shard(full[name], param, model.grid.tp)), name
+    ours, _, report = ours_from(tmp_path / "w.pt", "timm", num_classes=9)
+    assert report == ["30 weights loaded", "head newly initialised for 9 classes: the file has a "
+                      "linear head of 5 classes"]
+    assert not ours.head.weight.any() and torch.equal(ours.norm.weight, source.norm.weight)
+    demo = replace(MODELS["demo"], head="linear", num_classes=3)
+    export(tmp_path / "demo.pt", demo, "timm")
+    with pytest.raises(ValueError, match=r"hidden_size 96 \(this run: 32\).*of --model demo$"):
+        model_module.fit_weights(model_module.read_weights(tmp_path / "demo.pt"), SMALL)
+
+
+class Code:
+    """Unpickled carelessly, it makes a folder."""
+
+    def __init__(self, path):
+        self.trace = str(path.with_name("code-was-run"))
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+def write_broken(path, kind):
+    """A broken file: a kind below, or a state dict with one thing wrong."""
+    good = ViT(SMALL).state_dict()
+    changed = {
+        "code": {"patch_embed.proj.weight": Code(path)}, "list": [torch.ones(2)],
+        "resnet": {"conv1.weight": torch.ones(2), "bn1.weight": torch.ones(2)},
+        "unknown": good | {"blocks.0.ls1.gamma": torch.ones(32)},
+        "missing": {k: v for k, v in good.items() if k != "blocks.1.mlp.fc2.bias"},
+        "half a head": {k: v for k, v in good.items() if k != "head.bias"},
+        "misshapen": good | {"norm.weight": torch.ones(31)},
+        "no class token": {k: v for k, v in good.items() if k != "cls_token"}}
+    if kind in changed:
+        torch.save(changed[kind], path)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Code(path)))
+    elif kind == "text":
+        path.write_text("404: Not Found\n" * 10)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "nothing":  # a size: the good file, cut
+        export(whole := path.with_stem("whole").with_suffix(
+            ".safetensors" if path.suffix == ".safetensors" else ".pt"), SMALL, "timm")
+        path.write_bytes(whole.read_bytes()[:kind])
+
+
+@pytest.mark.parametrize("name, kind, words", [
+    ("w.safetensors", -100, "truncated or damaged.*the file holds"),
+    ("w.safetensors", 300, "truncated, or not a safetensors"),
+    ("w.safetensors", 0, "truncated, or not a safetensors"),
+    ("w.pth", -100, "truncated, or not a .pth file of plain tensors"),
+    ("w.pth", 0, "truncated, or not a .pth file of plain tensors"),
+    ("w.pth", "text", "truncated, or not a .pth file of plain tensors"),
+    ("w.npz", "text", "truncated, or not an .npz"),
+    ("w.npz", -100, "truncated, or not an .npz"),
+    ("w.bin", "code", r"pickled objects other than tensors \(posix.mkdir\)"),
+    ("w.pth", "pickle", "truncated, or not a .pth file of plain tensors"),
+    ("w.pth", "list", "not a dictionary of named tensors"),
+    ("w.pth", "resnet", "not a ViT of timm, .*conv1.weight, bn1.weight"),
+    ("w.pth", "unknown", r"1 unknown \(blocks.0.ls1.gamma\)"),
+    ("w.pth", "missing", r"1 missing \(blocks.1.mlp.fc2.bias\)"),
+    ("w.pth", "half a head", r"1 missing \(head.bias\)"),
+    ("w.pth", "misshapen", r"1 misshapen \(norm.weight\)"),
+    ("w.pth", "no class token", "no ViT with a class token"),
+    ("w.onnx", "text", "must end in .pt, .pth, .bin, .safetensors or .npz"),
+    ("w.pth", "nothing", "there is no such file"),
+    ("w.pth", "folder", "holds no complete checkpoint"),
+])
+def test_a_bad_file_is_one_clear_error_with_its_path(tmp_path, name, kind, words):
+    """One line that names the file; no code in it runs, and safety is not advised away."""
+    write_broken(tmp_path / name, kind)
+    with pytest.raises(ValueError, match=words) as error:
+        model_module.read_weights(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+    assert "weights_only" not in str(error.value) and not (tmp_path / "code-was-run").exists()
+
+
+def test_a_failed_export_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    """A full disk in the middle of the file: the one that was there stays, nothing else does."""
+    export(tmp_path / "w.safetensors", SMALL, "timm")
+    before = (tmp_path / "w.safetensors").read_bytes()
+
+    def full(file, tensors, facts):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(model_module, "write_safetensors", full)
+    with pytest.raises(OSError, match="No space"):
+        export(tmp_path / "w.safetensors", SMALL, "timm")
+    assert (tmp_path / "w.safetensors").read_bytes() == before
+    assert os.listdir(tmp_path) == ["w.safetensors"]
 
 
 # ----------------------------------------------------------------------------- train.py
