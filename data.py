@@ -283,13 +283,19 @@ def open_data(data: str, image_hw: tuple[int, int], val_labels: str | None = Non
 
 def open_val(data: str, image_hw: tuple[int, int], val_labels: str | None = None,
              classes: list[str] | None = None):
-    """The validation source of --data; with val_labels its images lie flat, and are of `classes`.
+    """The validation source of --data, numbered as in `classes` (a model's: the shapes' are not
+    sorted) if those are its classes; with val_labels its images lie flat, and are of `classes`.
     Raises ValueError where `scan_folder` or `scan_flat` does."""
     if data == "shapes":
         return Shapes(image_hw, "val")
-    if val_labels is None:
-        return scan_folder(data, "val")
-    return scan_flat(data, "val", read_labels(val_labels), classes)
+    if val_labels is not None:
+        return scan_flat(data, "val", read_labels(val_labels), classes)
+    source = scan_folder(data, "val")
+    if classes and classes != source.classes and set(classes) == set(source.classes):
+        number = {name: i for i, name in enumerate(classes)}
+        source.labels = np.array([number[name] for name in source.classes])[source.labels]
+        source.classes = classes
+    return source
 
 
 def check_same_classes(one: str, classes: list[str], other: str, others: list[str]) -> None:

@@ -6,6 +6,7 @@ non-zero biases, dropout where it matters.
 """
 
 import contextlib
+import csv
 import itertools
 import json
 import multiprocessing
@@ -21,7 +22,7 @@ import tempfile
 import textwrap
 import time
 import traceback
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -1223,7 +1224,7 @@ def export(path, config, fmt, facts=OUR_FACTS):
     model = randomised(ViT(config))
     tensors = model_module.to_format(model.state_dict(), config, fmt)
     return model, model_module.write_weights(path, tensors, config, fmt, {
-        **facts, "layernorm_eps": config.layernorm_eps, "image_size": config.image_size})
+        **facts, **asdict(config)})
 
 
 @pytest.mark.parametrize("fmt, name, change", [
@@ -1575,9 +1576,10 @@ def _evaluate_only(data, images, world_batch):
     shapes = data_module.Shapes((16, 16), "val")
     loader = data_module.eval_loader(shapes, config, (16, 16), world_batch, grid.world.rank,
                                      grid.world.size, "cpu")
-    return train.evaluate(
+    result = train.evaluate(
         model, loader, lambda x: data_module.normalize(x, config.mean, config.std, torch.float32),
         train.StopSignal(grid), grid, torch.device("cpu"))
+    return {**result, "val_unreadable": len(result["val_unreadable"])}
 
 
 def test_evaluation_counts_each_image_once_for_any_split():
@@ -1686,6 +1688,185 @@ def test_memory_plan_equals_what_is_allocated():
     assert plan["gradients"] == sum(b.grad.nbytes for b in optimizer.buckets)
     assert plan["masters and moments"] == sum(
         t.nbytes for b in optimizer.buckets for t in (b.master, *b.state.values()))
+
+
+# ----------------------------------------------------------------------------- fine-tune, use
+def draw_folder(folder, count, names=None, size=16):
+    """Shapes as files: folder/CLASS/NUMBER.png, or with `names` of fewer classes."""
+    shapes = data_module.Shapes((size, size), "val")
+    for i in range(count):
+        image, label = shapes.load(i)
+        path = Path(folder) / (names[label % len(names)] if names else shapes.classes[label])
+        path.mkdir(parents=True, exist_ok=True)
+        image.save(path / f"{i:03d}.png")
+
+
+def run_mode(*argv, world=1, code=0):
+    """train.py's main() with these flags alone: what rank 0 printed."""
+    _, codes, outputs = run_ranks(world, train.main, list(map(str, argv)), check=False)
+    assert codes[0] == code, outputs[0]
+    assert code == 0 or outputs[0].count("train.py: error:") == 1 and "Traceback" not in outputs[0]
+    return outputs[0]
+
+
+def test_fine_tuning_starts_from_the_weights_and_resumes_without_them(tmp_path):
+    """A checkpoint of 16 px fine-tuned at 24 x 32 px on other classes with tp 2, lr 0: every weight
+    but the new head, which stays zero, is the source's to the bit, positions resized. Without
+    --init-from the recipe is refused; resumed, it goes on from its own checkpoint although the
+    source is gone."""
+    for split in ("train", "val"):
+        draw_folder(tmp_path / "data" / split, 40, ["left", "right"])
+    run_training(tmp_path / "a", "--max-steps", 2)
+    flags = ["--recipe", "finetune", "--model", "demo", "--data", tmp_path / "data", "--lr", 0,
+             "--image-size", "24,32", "--num-workers", 0]
+    _, codes, outputs = run_training(tmp_path / "b", *flags, check=False)
+    assert codes == [2] and "--recipe finetune needs --init-from" in outputs[0]
+    flags += ["--init-from", tmp_path / "a", "--tensor-parallel-size", 2]
+    source = model_module.read_weights(tmp_path / "a")
+    config = ViTConfig(**{k: source.facts[k] for k in model_module.SHAPE}, image_size=(24, 32),
+                       num_classes=2, head="linear")
+    expected, report = model_module.fit_weights(source, config)
+    _, _, outputs = run_training(tmp_path / "b", *flags, "--max-steps", 2, world=2)
+    for line in (*report, "newly initialised for 2 classes", "pos_embed resized from 2x2 to 3x4"):
+        assert line in outputs[0]
+    found = model_module.read_weights(tmp_path / "b").tensors
+    assert found.keys() - expected.keys() == {"head.weight", "head.bias"}
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+    assert not found["head.weight"].any()
+    shutil.rmtree(tmp_path / "a")
+    _, _, outputs = run_training(tmp_path / "b", *flags, "--max-steps", 4, world=2)
+    assert "step 2, image 64" in outputs[0] and "is not read again" in outputs[0]
+
+
+def test_evaluation_of_a_checkpoint_is_exact_for_any_split(tmp_path):
+    """103 images, no train folder: the same line from 1 process and 3, batches of 7 and 64, with
+    workers and without, with tp 2, and from the export. A missing class is named."""
+    run_training(tmp_path / "a", "--max-steps", 20, "--head", "linear")
+    draw_folder(tmp_path / "data/val", 103)
+    flags = ["--eval", "--data", tmp_path / "data", "--checkpoint", tmp_path / "a"]
+
+    def score(*more, world=1):
+        return re.search("validation.*", run_mode(*flags, *more, world=world))[0]
+    line = score("--micro-batch-size", 7, "--num-workers", 0)
+    assert "on 103 images" in line and not line.startswith("validation top-1 0.00 %")
+    assert score("--micro-batch-size", 64, "--num-workers", 2, world=3) == line
+    assert score("--tensor-parallel-size", 2, world=2) == line
+    run_mode("--export", tmp_path / "a.safetensors", "--checkpoint", tmp_path / "a")
+    flags[-1] = tmp_path / "a.safetensors"
+    assert score() == line
+    shutil.rmtree(tmp_path / "data/val/red star")
+    assert "a.safetensors: red star" in run_mode(*flags, code=2)
+
+
+def test_flat_validation_images_take_their_classes_from_a_file(tmp_path):
+    """Either form gives the folders' labels; what does not agree is named."""
+    for i in range(3):
+        paint(tmp_path / "val" / f"v_{i}.JPEG")
+    lines = tmp_path / "lines.txt"
+    for text in ("v_0.JPEG n01\nv_1.JPEG n02\n\nv_2.JPEG n01\n",
+                 "ImageId,PredictionString\nv_1,n02 1 2 3 4 n01 5 6 7 8 \nv_0,n01 1\nv_2,n01"):
+        lines.write_text(text)
+        source = data_module.open_val(tmp_path, HW, lines)
+        assert source.classes == ["n01", "n02"] and source.labels.tolist() == [0, 1, 0]
+        assert source.name(1) == "val/v_1.JPEG" and source.load(1)[1] == 1
+        assert data_module.open_val(tmp_path, HW, lines, ["n00", "n01", "n02"]).labels.tolist() == [
+            1, 2, 1]
+    lines.write_text("v_0 10\nv_1 9\nv_2 10\n")
+    assert data_module.open_val(tmp_path, HW, lines).classes == ["9", "10"]
+    for text, message in [("v_0 a\nv_1 b", "1 images of .* without a label: v_2"),
+                          ("v_0 a\nv_1 b\nv_2 a\nv_3 a", "1 images of .* missing: v_3"),
+                          ("v_0", "'v_0' is not of the form"), ("", "3 images .* without a label")]:
+        lines.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            data_module.open_val(tmp_path, HW, lines)
+    lines.write_text("v_0 a\nv_1 b\nv_2 a")
+    with pytest.raises(ValueError, match="1 images .* of a class unknown to the model: v_1"):
+        data_module.open_val(tmp_path, HW, lines, ["a"])
+    with pytest.raises(ValueError, match="name their classes with --val-labels"):
+        data_module.open_val(tmp_path, HW)
+
+
+def test_predictions_are_the_same_table_for_any_split(tmp_path):
+    """Whatever decodes is classified: 1 x 1 pixel, a 20,000 px panorama, an animation, a name that
+    is no ASCII; what does not is named, counted, and a row without predictions. One and three
+    processes write the same bytes, and a contact sheet."""
+    run_training(tmp_path / "a", "--max-steps", 20)
+    images = tmp_path / "images"
+    draw_folder(images, 20)
+    paint(images / "1x1.png", (1, 1))
+    paint(images / "panorama.png", (20_000, 9), colour=(200, 30, 30))
+    paint(images / "\u00e9lan \u5c71.jpg")
+    frames = [Image.new("P", (9, 9), i) for i in range(3)]
+    frames[0].save(images / "moving.gif", save_all=True, append_images=frames[1:])
+    (images / "broken.jpg").write_bytes(b"\xff\xd8not an image")
+    tables = []
+    for world, batch in [(1, 64), (3, 64), (3, 7)]:
+        text = run_mode("--predict", images, "--checkpoint", tmp_path / "a", "--output-dir",
+                        tmp_path / "out", "--micro-batch-size", batch, world=world)
+        assert "25 images, 1 unreadable" in text and "unreadable image: broken.jpg" in text
+        tables.append((tmp_path / "out/predictions.csv").read_bytes())
+        assert sorted(os.listdir(tmp_path / "out")) == ["predictions.csv", "predictions.png"]
+    assert tables[0] == tables[1] == tables[2]
+    rows = {row[0]: row[1:] for row in csv.reader(tables[0].decode().splitlines())}
+    assert list(rows)[1:] == sorted(list(rows)[1:], key=os.fsencode) and len(rows) == 26
+    assert rows["broken.jpg"] == [] and len(rows["\u00e9lan \u5c71.jpg"]) == 10
+    best = [float(p) for p in rows["red star/003.png"][1::2]]
+    assert best == sorted(best, reverse=True) and 0 < sum(best) <= 1.001
+    with Image.open(tmp_path / "out/predictions.png") as sheet:
+        assert sheet.size == (6 * 188 + 12, 4 * 232 + 12)
+
+
+def test_imagenets_folder_names_become_words():
+    """The thousand names n + 8 digits, and a thousand classes without names; any other stays."""
+    assert train.class_names(tuple(f"n{i:08d}" for i in range(1000)), 1000)[0] == "tench"
+    assert train.class_names(None, 1000)[999] == "toilet tissue"
+    assert train.class_names(("n01440764", "b"), 2) == ["n01440764", "b"]
+    assert train.class_names(None, 2) == ["class 0", "class 1"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--eval"], "--eval needs --checkpoint PATH"),
+    (["--checkpoint", "x"], "--checkpoint needs --eval, --predict DIR or --export FILE"),
+    (["--format", "hf"], "--format needs --eval, --predict DIR or --export FILE"),
+    (["--init-image-size", "8"], "--init-image-size needs --init-from or --checkpoint"),
+    (["--eval", "--predict", "d", "--checkpoint", "x"], "--eval and --predict contradict"),
+    (["--eval", "--dry-run", "--checkpoint", "x"], "--eval and --dry-run contradict"),
+    (["--eval", "--checkpoint", "x", "--lr", "1"], "--lr has no effect with --eval"),
+    (["--export", "f", "--checkpoint", "x", "--data", "d"], "--data has no effect with --export"),
+    (["--val-labels", "f"], "--val-labels has no effect with --data shapes"),
+])
+def test_flags_without_effect_on_a_mode_are_errors(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse_args(flags)
+
+
+def test_bad_input_of_a_mode_is_one_clear_error(tmp_path):
+    """Exit code 2 and one line, nothing written: no folder, no image, no weights, weights without
+    a head, a file where the output should go, images with other classes."""
+    out, images = tmp_path / "out", tmp_path / "images"
+    export(tmp_path / "w.pt", SMALL, "timm")
+    torch.save({k: v for k, v in ViT(SMALL).state_dict().items() if "head" not in k},
+               tmp_path / "bare.pth")
+    torch.save(ViT(SMALL).state_dict(), tmp_path / "timm.pth")
+    images.mkdir()
+    (tmp_path / "file").write_text("")
+
+    def predict(*flags, checkpoint="w.pt"):
+        return run_mode("--predict", *flags, "--checkpoint", tmp_path / checkpoint, code=2)
+    assert "does not tell its number of heads: give --num-att" in predict(
+        images, checkpoint="timm.pth")
+    assert "no folder /nowhere" in predict("/nowhere", "--output-dir", out)
+    assert "not a single image" in predict(images, "--output-dir", out)
+    assert "has no head: fine-tune it" in predict(images, checkpoint="bare.pth")
+    paint(images / "1.png")
+    assert "/x cannot be written" in predict(images, "--output-dir", tmp_path / "file/x")
+    assert not out.exists()
+    make_folder(tmp_path / "data")
+    assert "has 2 classes, --checkpoint" in run_mode(
+        "--eval", "--data", tmp_path / "data", "--checkpoint", tmp_path / "w.pt", code=2)
+    assert "must end in .pt or .safetensors" in run_mode(
+        "--export", out / "w.onnx", "--checkpoint", tmp_path / "w.pt", code=2)
+    assert not out.exists()
 
 
 def test_torchrun_ends_the_job_when_a_rank_fails(tmp_path):

@@ -364,11 +364,11 @@ def eval_mode(config: TrainConfig, vit: ViTConfig, weights: Weights, grid: Grid,
     """--eval: scores the checkpoint on DATA/val; needs no DATA/train."""
     log, stop = Log(grid), StopSignal(grid)
     with user_errors(grid.world.rank):
-        classes = weights.facts.get("classes")
+        classes = list(weights.facts.get("classes", ()))
         source = on_rank_0(grid, lambda: data.open_val(config.data, vit.image_hw,
                                                        config.val_labels, classes))
         if classes:
-            data.check_same_classes(config.checkpoint, list(classes), f"{config.data}/val",
+            data.check_same_classes(config.checkpoint, classes, f"{config.data}/val",
                                     source.classes)
         elif len(source.classes) != vit.num_classes:
             raise ValueError(f"--data: {config.data}/val has {len(source.classes)} classes, "
@@ -630,8 +630,9 @@ def user_errors(rank: int):
     try:
         yield
     except (ValueError, OSError) as error:
-        if rank:
-            time.sleep(5)  # torchrun ends all ranks with the first: speak only if rank 0 did not
+        if rank:  # torchrun ends all ranks with the first: speak only if rank 0 did not
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
         print(f"train.py: error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)  # not sys.exit: it would wait for the process group
