@@ -1537,12 +1537,16 @@ def _poisoned_training(argv, steps):
 
 
 def test_non_finite_gradients_are_skipped_and_three_in_a_row_stop(tmp_path):
-    """Two bad steps in a row are logged with their number and skipped, the run goes on; three end
-    it with an error that names the last step."""
+    """Two bad steps in a row are logged with their number and skipped, the run goes on, and their
+    norm is null in metrics.jsonl (NaN is no JSON); three end it with an error that names the last.
+    """
     flags = [*TRAIN_FLAGS, "--output-dir"]
     _, codes, outputs = run_ranks(2, _poisoned_training, [*flags, str(tmp_path / "a")], {5, 6, 9})
     assert codes == [0, 0] and "step 6: gradient norm" in outputs[0]
     assert "no weight changed (2 in a row)" in outputs[0] and "done: top-1" in outputs[0]
+    lines = [json.loads(line, parse_constant=pytest.fail)
+             for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if x.get("grad_norm", 0) is None] == [5, 6, 9]
     _, codes, outputs = run_ranks(2, _poisoned_training, [*flags, str(tmp_path / "b")], {5, 6, 7},
                                   check=False)
     assert 0 not in codes and "3 steps in a row, the last one 7" in outputs[0]
