@@ -302,11 +302,12 @@ MODES = {"eval": _FORWARD | {"data", "val_labels"}, "predict": _FORWARD | {"outp
 
 
 # ----------------------------------------------------------------------------- the command line
-def parse_args(argv: list[str] | None = None) -> tuple[TrainConfig, ViTConfig, set[str]]:
+def parse_args(argv: list[str] | None = None) -> tuple[TrainConfig, ViTConfig, dict]:
     """Reads a command line (default: sys.argv) into the run's two configurations.
 
-    Returns them with the names of the fields that were given as flags. Raises ValueError for
-    values that contradict each other; argparse exits with code 2 for unknown flags and types.
+    Returns them with the fields that were given as flags. Raises ValueError for values that
+    contradict each other; argparse exits with code 2 for unknown flags and types. With --checkpoint
+    and no --model the shape is the checkpoint's, which only its reader knows: here the default.
     """
     parser = argparse.ArgumentParser(
         prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
@@ -345,7 +346,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[TrainConfig, ViTConfig, s
 
     def pick(cls):
         return {k: v for k, v in values.items() if k in {f.name for f in fields(cls)}}
-    return TrainConfig(**pick(TrainConfig)), replace(shape, **pick(ViTConfig)), set(given)
+    known = "checkpoint" not in given or "model" in given
+    vit = replace(shape, **pick(ViTConfig)) if known else ViTConfig()
+    return TrainConfig(**pick(TrainConfig)), vit, given
 
 
 def _check_modes(given: dict) -> None:

@@ -300,7 +300,7 @@ def report_scores(log: Log, result: dict, source, prefix: str = "") -> dict:
 
 # ----------------------------------------------------------------------------- --eval, --predict
 def adopt(weights: Weights, config: TrainConfig, vit: ViTConfig,
-          given: set[str]) -> tuple[TrainConfig, ViTConfig, dict]:
+          given: dict) -> tuple[TrainConfig, ViTConfig, dict]:
     """The configurations with what weights bring along where no flag says otherwise, and that part.
 
     Training takes what the weights were trained to (the fine-tuning recipe keeps its own head); the
@@ -327,11 +327,11 @@ def adopt(weights: Weights, config: TrainConfig, vit: ViTConfig,
     if config.checkpoint and "num_workers" not in given:  # one to a core, else torch warns
         cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         config = dataclasses.replace(config, num_workers=min(config.num_workers, max(cores, 1)))
-    taken = {name: facts[name] for name in sorted(names - given) if name in facts}
+    taken = {name: facts[name] for name in sorted(names - set(given)) if name in facts}
 
     def replace(old):
         known = {f.name for f in dataclasses.fields(old)}
-        return dataclasses.replace(old, **{k: v for k, v in taken.items() if k in known})
+        return dataclasses.replace(old, **{k: v for k, v in (taken | given).items() if k in known})
     return replace(config), replace(vit), taken
 
 
@@ -461,7 +461,10 @@ def export_mode(config: TrainConfig, vit: ViTConfig, weights: Weights) -> None:
     fitted, report = fit_weights(weights, vit)
     tensors = to_format(fitted, vit, config.format)
     facts = {**weights.facts, **dataclasses.asdict(config), **dataclasses.asdict(vit)}
-    code = write_weights(config.export, tensors, vit, config.format, facts)
+    try:
+        code = write_weights(config.export, tensors, vit, config.format, facts)
+    except OSError as e:
+        raise ValueError(f"--export {config.export} cannot be written: {e}") from e
     print(f"{config.export}: {config.checkpoint} ({weights.format}) for {config.format}, "
           f"{'; '.join(report)}; images {' x '.join(map(str, vit.image_hw))} px, mean {config.mean}"
           f", std {config.std}. Opens with\n\n{code}\n")
@@ -724,11 +727,20 @@ def main(argv: list[str] | None = None) -> None:
                              f"than one --global-batch-size {config.global_batch_size}")
         total_steps = config.max_steps or max(
             int(config.epochs * len(train_set)) // config.global_batch_size, 1)
-        weights = taken = resume = None
-        if config.init_from and config.dry_run:
+        resume = None if config.dry_run else on_rank_0(grid, lambda: find_resume(config, log))
+        fitted, news = {}, []
+        if config.init_from and resume:  # its facts are the checkpoint's: the file may be gone
+            config, vit, _ = adopt(read_weights(resume), config, vit, given)
+            news = [f"--init-from {config.init_from} is not read again: the checkpoint goes on"]
+        elif config.init_from:
             weights = read_weights(config.init_from, config.init_image_size)
             config, vit, taken = adopt(weights, config, vit, given)
-            fit_weights(weights, vit)
+            fitted, report = fit_weights(weights, vit)
+            news = [f"weights of {config.init_from} ({weights.format}): {'; '.join(report)}",
+                    "with them: " + ", ".join(f"{k} {v}" for k, v in taken.items())]
+        elif config.recipe == "finetune" and resume is None and not config.dry_run:
+            raise ValueError("--recipe finetune needs --init-from WEIGHTS: a checkpoint or output "
+                             "directory of this program, or a file of another library")
         if config.dry_run:
             if rank == 0:
                 dry_run(config, vit, train_set, val_set, total_steps, batch, device)
@@ -742,20 +754,13 @@ def main(argv: list[str] | None = None) -> None:
                 importlib.import_module("torch.utils.tensorboard")
             except Exception as e:
                 raise ValueError(f"--tensorboard needs `pip install tensorboard`: {e}") from e
-        resume = on_rank_0(grid, lambda: find_resume(config, log))
-        if config.init_from:  # a resumed run has its checkpoint's: the file may be gone by then
-            weights = read_weights(resume or config.init_from, config.init_image_size)
-            config, vit, taken = adopt(weights, config, vit, given)
-        elif config.recipe == "finetune" and resume is None:
-            raise ValueError("--recipe finetune needs --init-from WEIGHTS: a checkpoint or output "
-                             "directory of this program, or a file of another library")
         if resume is not None:
             check_same_model(resume, read_meta(resume), config, vit, classes)
 
         # ---- model and optimizer
-        fitted, fits = fit_weights(weights, vit) if config.init_from and not resume else ({}, [])
         model, kernel, why = build_model(config, vit, grid, device)
         load_weights(model, fitted)
+        fitted = weights = None  # gives the memory back
         optimizer = ShardedOptimizer(
             model, grid, optimizer=config.optimizer, weight_decay=config.weight_decay,
             weight_dtype=torch.bfloat16 if config.precision == "bf16-O2" else torch.float32,
@@ -787,11 +792,8 @@ def main(argv: list[str] | None = None) -> None:
                   f"peak --lr {config.lr} is not reached")
     log.print(f"resuming from {resume}: step {start_step:,}, image {images_seen:,}"
               if resume else "starting fresh: no checkpoint to resume from")
-    if config.init_from:
-        log.print(f"--init-from {config.init_from} is not read again: the checkpoint goes on"
-                  if resume else
-                  f"weights of {config.init_from} ({weights.format}): {'; '.join(fits)}")
-        log.print("with them: " + ", ".join(f"{name} {value}" for name, value in taken.items()))
+    for line in news:
+        log.print(line)
 
     # ---- the loop's parts
     local_batch = micro // grid.tp.size
