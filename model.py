@@ -404,7 +404,7 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # config.json beside the
 
 class Weights(NamedTuple):
     """A ViT's full weights under our names, and what goes with them."""
-    format: str                         # a key of NAMES
+    format: str                         # a key of NAMES, or a checkpoint
     tensors: dict[str, torch.Tensor]
     facts: dict                         # fields of ViTConfig and TrainConfig; classes, if told
 
@@ -471,7 +471,8 @@ def read_weights(path: str | Path, image_size=None) -> Weights:
         tensors["pos_embed"], facts["image_size"] = _positions(tensors["pos_embed"], facts)
     except ValueError as e:
         raise ValueError(f"{path} {e}") from e
-    return Weights(fmt, tensors, facts)
+    ours = fmt == "timm" and path.is_dir() and "classes" in told
+    return Weights("a checkpoint" if ours else fmt, tensors, facts)
 
 
 def _open(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -712,23 +713,21 @@ def how_to_open(path: Path, config: ViTConfig, fmt: str) -> str:
     if fmt == "hf":
         return ("import transformers\nmodel = transformers.ViTForImageClassification."
                 f"from_pretrained({str(path.parent)!r})")
-    d, f, (h, w) = config.hidden_size, config.ffn_hidden_size, config.image_hw
-    sizes = dict(image_size=h if h == w else (h, w), patch_size=config.patch_size,
-                 num_classes=config.num_classes, num_layers=config.num_layers,
-                 num_heads=config.num_attention_heads, hidden_dim=d, mlp_dim=f)
-    if config.head == "mlp":
-        sizes["representation_size"] = d
-    if fmt == "timm":
-        sizes = dict(img_size=sizes["image_size"], patch_size=config.patch_size,
-                     in_chans=config.num_channels, num_classes=config.num_classes, embed_dim=d,
-                     depth=config.num_layers, num_heads=config.num_attention_heads,
-                     mlp_ratio=f / d, reg_tokens=config.num_class_tokens - 1)
-        if config.gelu_approximate == "tanh":
-            sizes["act_layer"] = "gelu_tanh"
+    c, d, f, (h, w) = config, config.hidden_size, config.ffn_hidden_size, config.image_hw
+    size = h if h == w else (h, w)
+    theirs = dict(
+        img_size=size, in_chans=c.num_channels, embed_dim=d, depth=c.num_layers, mlp_ratio=f / d,
+        reg_tokens=c.num_class_tokens - 1,
+        act_layer="gelu" if c.gelu_approximate == "none" else "gelu_tanh",
+    ) if fmt == "timm" else dict(
+        image_size=size, hidden_dim=d, num_layers=c.num_layers, mlp_dim=f,
+        representation_size=d if c.head == "mlp" else None)
+    theirs |= dict(patch_size=c.patch_size, num_heads=c.num_attention_heads,
+                   num_classes=c.num_classes)
     load = "torch.load" if path.suffix == ".pt" else "safetensors.torch.load_file"
     return (f"import functools, {fmt}, torch" + ", safetensors.torch" * (path.suffix != ".pt")
             + f"\nmodel = {fmt}.models.VisionTransformer("
-            + ", ".join(f"{k}={v!r}" for k, v in sizes.items())
+            + ", ".join(f"{k}={v!r}" for k, v in theirs.items())
             + f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={config.layernorm_eps}))\n"
             + f"model.load_state_dict({load}({str(path)!r}))")
 
