@@ -14,7 +14,8 @@ channels, p patch side, t tensor-parallel size. With t > 1 the residual stream h
 images, and between the two layers of a block half there are t*b images and 1/t of the features
 (parallel.py says why); with t = 1 this is a plain ViT, which builds with no process group.
 
-Checked against timm and torchvision: same weights, same logits (test_vit.py).
+The last section reads weights of timm, Hugging Face, torchvision and Google, and writes the first
+three. Checked against these libraries: same weights, same logits (test_vit.py).
 """
 
 import json
@@ -623,10 +624,9 @@ def fit_weights(weights: Weights, config: ViTConfig) -> tuple[dict[str, torch.Te
         dropped = ("head.",)
     if dropped:
         tensors = {name: x for name, x in tensors.items() if not name.startswith(dropped)}
-        found = (f"a {facts['head']} head of {facts['num_classes']} classes"
-                 if "num_classes" in facts else "none")
-        report.append(f"{new} newly initialised for {config.num_classes} classes: the file has "
-                      f"{found}")
+        found = (f"'s is {facts['head']}, {facts['num_classes']} classes"
+                 if "num_classes" in facts else " has none")
+        report.append(f"{new} newly initialised for {config.num_classes} classes: the file{found}")
     return tensors, [f"{len(tensors)} weights loaded", *report]
 
 

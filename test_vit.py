@@ -1287,8 +1287,8 @@ def test_weights_load_by_layout_and_only_a_head_of_another_size_is_new(tmp_path)
         for name, param in model.named_parameters():
             assert torch.equal(param, parallel.shard(full[name], param, model.grid.tp)), name
     ours, _, report = ours_from(tmp_path / "w.pt", "timm", num_classes=9)
-    assert report == ["30 weights loaded", "head newly initialised for 9 classes: the file has a "
-                      "linear head of 5 classes"]
+    assert report == ["30 weights loaded", "head newly initialised for 9 classes: the file's is "
+                      "linear, 5 classes"]
     assert not ours.head.weight.any() and torch.equal(ours.norm.weight, source.norm.weight)
     demo = replace(MODELS["demo"], head="linear", num_classes=3)
     export(tmp_path / "demo.pt", demo, "timm")
