@@ -302,9 +302,10 @@ def check_same_classes(one: str, classes: list[str], other: str, others: list[st
     """Labels are positions in these lists: ValueError if the lists differ, naming the classes."""
     if classes != others:
         only = {one: sorted(set(classes) - set(others)), other: sorted(set(others) - set(classes))}
-        raise ValueError(f"--data: {one} and {other} must have the same classes; " +
-                         "; ".join(f"{len(names)} only in {which}: {_first(names)}"
-                                   for which, names in only.items() if names))
+        differ = [f"{len(names)} only in {which}: {_first(names)}"
+                  for which, names in only.items() if names]
+        raise ValueError(f"--data: {one} and {other} must have the same classes; "
+                         f"{'; '.join(differ) or 'their order differs'}")
 
 
 class Unreadable:
