@@ -1136,7 +1136,8 @@ def assert_same_logits(ours, theirs, size=(32, 32)):
 
 @pytest.mark.parametrize("fmt, suffix", [
     ("timm", ".pth"), ("timm", ".safetensors"), ("timm", "2019.pth"), ("hf", ".safetensors"),
-    ("hf", ".bin"), ("torchvision", ".pth"), ("google", ".npz"), ("google", "mlp.npz")])
+    ("hf", ".bin"), ("torchvision", ".pth"), ("torchvision", "released.pth"), ("google", ".npz"),
+    ("google", "mlp.npz")])
 def test_a_librarys_file_gives_the_librarys_logits(tmp_path, fmt, suffix):
     """Every format, at its own resolution and resized to 48 x 64 (theirs with our positions, since
     libraries resize differently; timm's own resize is compared below)."""
@@ -1150,8 +1151,11 @@ def test_a_librarys_file_gives_the_librarys_logits(tmp_path, fmt, suffix):
         if suffix == ".safetensors":
             pytest.importorskip("safetensors.torch").save_file(theirs.state_dict(), path)
         else:  # before 1.6 torch wrote a format that cannot be mapped; MAE and others wrap theirs
-            torch.save({"model": theirs.state_dict()}, path,
-                       _use_new_zipfile_serialization="2019" not in suffix)
+            state = theirs.state_dict()
+            if suffix == "released.pth":  # torchvision's released files are of an older version
+                state = {name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."):
+                         x for name, x in state.items()}
+            torch.save({"model": state}, path, _use_new_zipfile_serialization="2019" not in suffix)
     ours, facts, report = ours_from(path, fmt, head=head)
     assert_same_logits(ours, theirs)
     assert len(report) == 1 and facts["layernorm_eps"] == eps and facts["head"] == head
@@ -1169,6 +1173,23 @@ def test_a_librarys_file_gives_the_librarys_logits(tmp_path, fmt, suffix):
         theirs.pos_embed = ours.pos_embed
     assert_same_logits(ours, theirs, (48, 64))
     assert report[1] == "pos_embed resized from 4x4 to 6x8"
+
+
+def test_what_comes_with_weights_yields_to_flags(tmp_path):
+    """Training takes class tokens, epsilon, GELU, head and pixels; a flag wins, fine-tuning has its
+    own head; with --checkpoint the whole model comes, and a flag still wins."""
+    model, _ = export(tmp_path / "w.pt", replace(SMALL, head="mlp", layernorm_eps=1e-5),
+                      "torchvision")
+    weights = model_module.read_weights(tmp_path / "w.pt")
+    for recipe, head in (("pretrain", "mlp"), ("finetune", "linear")):
+        config, vit, given = parse_args(["--recipe", recipe, "--std", "1,1,1", "--data", "d"])
+        config, vit, taken = train.adopt(weights, config, vit, given)
+        assert (vit.num_class_tokens, vit.layernorm_eps, vit.head) == (1, 1e-5, head)
+        assert (config.mean, config.std) == (OUR_FACTS["mean"], (1, 1, 1)) and "std" not in taken
+        assert vit.hidden_size == 768, "--model decides the shape"
+    config, vit, given = parse_args(["--eval", "--checkpoint", "w.pt", "--image-size", "40"])
+    config, vit, _ = train.adopt(weights, config, vit, given)
+    assert vit == replace(SMALL, head="mlp", layernorm_eps=1e-5, image_size=40, hidden_dropout=0.1)
 
 
 def test_a_hub_folder_tells_its_facts_and_a_backbone_has_no_head(tmp_path):
