@@ -1,9 +1,10 @@
 """What can be set: the model table, the recipes, and every flag of the command line.
 
-Three layers decide a value, the later one wins:
+Four layers decide a value, the later one wins:
     1. the defaults of `ViTConfig` and `TrainConfig` below (they are the `pretrain` recipe)
     2. `RECIPES[recipe]` and, for the model's shape, `MODELS[model]`
-    3. the flags of the command line, generated from the fields: `hidden_size` is `--hidden-size`
+    3. what comes with the weights of --init-from or --checkpoint (train.adopt)
+    4. the flags of the command line, generated from the fields: `hidden_size` is `--hidden-size`
 
 Sizes, names and the recipe follow NVIDIA NeMo 1.23 (docs/source/vision/vit.rst and the launcher's
 conf/training/vit/*.yaml); B, L, H are of the ViT paper (arXiv:2010.11929), g and G of "Scaling

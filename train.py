@@ -952,6 +952,7 @@ def run() -> None:
     """main() as a program: a failing rank prints its own traceback and leaves at once, where a
     normal exit would wait for the other ranks; torchrun then ends those and repeats the traceback.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     try:
         record(main)()
     except Exception:
