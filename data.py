@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import threading
+import unicodedata
 import warnings
 
 import numpy as np
@@ -500,7 +501,9 @@ def contact_sheet(images: list[tuple[Image.Image, str, str]]) -> Image.Image:
         tile = ImageOps.contain(image, (TILE, TILE), Image.Resampling.BICUBIC)
         sheet.paste(tile, (x + (TILE - tile.width) // 2, y + (TILE - tile.height) // 2))
         for text, font, top, grey in zip(caption, fonts, (4, 23), (20, 110)):
-            text = text.encode(errors="replace").decode()  # a file name may be no UTF-8
+            text = unicodedata.normalize("NFKD", text)  # Pillow's own font is ASCII: u for u-umlaut
+            text = "".join(c for c in text if not unicodedata.combining(c))
+            text = text.encode("ascii", "replace").decode()
             while draw.textlength(text, font) > TILE:
                 text = text[:-4] + "..."
             draw.text((x, y + TILE + top), text, fill=(grey,) * 3, font=font)
