@@ -1,9 +1,10 @@
 """What can be set: the model table, the recipes, and every flag of the command line.
 
-Three layers decide a value, the later one wins:
+Four layers decide a value, the later one wins:
     1. the defaults of `ViTConfig` and `TrainConfig` below (they are the `pretrain` recipe)
     2. `RECIPES[recipe]` and, for the model's shape, `MODELS[model]`
-    3. the flags of the command line, generated from the fields: `hidden_size` is `--hidden-size`
+    3. what comes with the weights of --init-from or --checkpoint (train.adopt)
+    4. the flags of the command line, generated from the fields: `hidden_size` is `--hidden-size`
 
 Sizes, names and the recipe follow NVIDIA NeMo 1.23 (docs/source/vision/vit.rst and the launcher's
 conf/training/vit/*.yaml); B, L, H are of the ViT paper (arXiv:2010.11929), g and G of "Scaling
@@ -222,8 +223,24 @@ class TrainConfig:
     keep_last: int = flag(3, "newest checkpoints kept; 0: all")
     tensorboard: bool = flag(False, "also write TensorBoard scalars (needs tensorboard)")
     resume: str = flag("auto", "auto: newest complete checkpoint of --output-dir; none; or a path")
+    # weights in
+    init_from: str | None = flag(
+        None, "start from these weights: a checkpoint or output directory of this program, or a "
+        "file of timm, Hugging Face or torchvision, or Google's .npz")
+    init_image_size: int | tuple[int, int] | None = flag(
+        None, "image size of those weights, where they do not tell and are not square")
     # modes
     dry_run: bool = flag(False, "print sizes, memory, schedule and legal layouts, then exit")
+    checkpoint: str | None = flag(None, "weights of --eval, --predict, --export; as --init-from")
+    eval: bool = flag(False, "score --checkpoint on DATA/val, then exit")
+    val_labels: str | None = flag(
+        None, "file with the classes of images that lie flat in DATA/val: lines of 'NAME CLASS', "
+        "or ImageNet's LOC_val_solution.csv")
+    predict: str | None = flag(None, "classify every image below this folder with --checkpoint: "
+                               "predictions.csv and .png in --output-dir")
+    export: str | None = flag(None, "write --checkpoint as this .pt or .safetensors file")
+    format: Literal["timm", "hf", "torchvision"] = flag(
+        "timm", "library of --export; hf: FILE is FOLDER/model.safetensors, for from_pretrained")
 
     def __post_init__(self):
         _check_choices(self)
@@ -275,14 +292,23 @@ NEEDS = {
     "momentum": ("optimizer", ["sgd"]),
     "crop_scale": ("augmentation", ["nemo", "crop-flip", "crop"]),
 }
+# What each mode but training obeys, beside --checkpoint; any other flag given is an error.
+_MODEL = {"checkpoint", "init_image_size", "model", "image_size", "num_attention_heads",
+          "layernorm_eps", "gelu_approximate", "mean", "std"}
+_FORWARD = _MODEL | {"crop_ratio", "micro_batch_size", "tensor_parallel_size", "precision",
+                     "attention", "compile", "deterministic", "num_workers", "prefetch_factor",
+                     "pin_memory"}
+MODES = {"eval": _FORWARD | {"data", "val_labels"}, "predict": _FORWARD | {"output_dir"},
+         "export": _MODEL | {"format", "crop_ratio"}}
 
 
 # ----------------------------------------------------------------------------- the command line
-def parse_args(argv: list[str] | None = None) -> tuple[TrainConfig, ViTConfig, set[str]]:
+def parse_args(argv: list[str] | None = None) -> tuple[TrainConfig, ViTConfig, dict]:
     """Reads a command line (default: sys.argv) into the run's two configurations.
 
-    Returns them with the names of the fields that were given as flags. Raises ValueError for
-    values that contradict each other; argparse exits with code 2 for unknown flags and types.
+    Returns them with the fields that were given as flags. Raises ValueError for values that
+    contradict each other; argparse exits with code 2 for unknown flags and types. With --checkpoint
+    and no --model the shape is the checkpoint's, which only its reader knows: here the default.
     """
     parser = argparse.ArgumentParser(
         prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
@@ -299,7 +325,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[TrainConfig, ViTConfig, s
 
     data = given.get("data", TrainConfig.data)
     recipe = given.get("recipe", "demo" if data == "shapes" and "model" not in given
-                       else "pretrain")
+                       and "checkpoint" not in given else "pretrain")
     if recipe not in RECIPES:
         raise ValueError(_unknown("--recipe", recipe, RECIPES))
     values = {**RECIPES[recipe], **given, "recipe": recipe}
@@ -310,6 +336,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[TrainConfig, ViTConfig, s
     if recipe == "finetune" and shape.patch_size in FINETUNE_IMAGE_SIZE:
         values.setdefault("image_size", FINETUNE_IMAGE_SIZE[shape.patch_size])
 
+    _check_modes(given)
     for name, (other, legal) in NEEDS.items():
         value = values.get(other, getattr(TrainConfig, other))
         if name in given and value not in legal:
@@ -320,7 +347,31 @@ def parse_args(argv: list[str] | None = None) -> tuple[TrainConfig, ViTConfig, s
 
     def pick(cls):
         return {k: v for k, v in values.items() if k in {f.name for f in fields(cls)}}
-    return TrainConfig(**pick(TrainConfig)), replace(shape, **pick(ViTConfig)), set(given)
+    known = "checkpoint" not in given or "model" in given
+    vit = replace(shape, **pick(ViTConfig)) if known else ViTConfig()
+    return TrainConfig(**pick(TrainConfig)), vit, given
+
+
+def _check_modes(given: dict) -> None:
+    if "val_labels" in given and given.get("data", "shapes") == "shapes":
+        raise ValueError("--val-labels has no effect with --data shapes; give a folder")
+    modes = [mode for mode in (*MODES, "dry_run") if given.get(mode)]
+    if len(modes) > 1:
+        raise ValueError(f"{' and '.join(map(_flag, modes))} contradict each other; give one")
+    mode = modes[0] if modes and modes[0] in MODES else None
+    if mode is None:
+        alone = [name for name in ("checkpoint", "format") if name in given]
+        if alone:
+            raise ValueError(f"{_flag(alone[0])} needs --eval, --predict DIR or --export FILE; "
+                             f"training takes --init-from")
+        if "init_image_size" in given and "init_from" not in given:
+            raise ValueError("--init-image-size needs --init-from or --checkpoint")
+    elif "checkpoint" not in given:
+        raise ValueError(f"{_flag(mode)} needs --checkpoint PATH: an output directory, a "
+                         f"checkpoint, or a file of weights")
+    elif odd := sorted(set(given) - MODES[mode] - {mode}):
+        raise ValueError(f"{_flag(odd[0])} has no effect with {_flag(mode)}; that obeys "
+                         f"{', '.join(map(_flag, sorted(MODES[mode])))}")
 
 
 def _argparse_type(hint) -> dict:

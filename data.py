@@ -28,11 +28,12 @@ import shutil
 import signal
 import sys
 import threading
+import unicodedata
 import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -84,9 +85,10 @@ def _to_8_bits(grey: np.ndarray, mode: str) -> np.ndarray:
 
 # ----------------------------------------------------------------------------- sources of images
 class ImageFolder:
-    """The images of ROOT/SPLIT/CLASS/**: a compact index of n paths, made by `scan_folder`.
+    """The images of ROOT/SPLIT/CLASS/**: a compact index of n paths, made by `scan_folder`; or,
+    flat, those of ROOT/SPLIT/**, made by `scan_flat`.
 
-    names    uint8 [total bytes]   every path below its class folder, end to end
+    names    uint8 [total bytes]   every path below its class folder (or the split), end to end
     offsets  int64 [n + 1]         path i is names[offsets[i]:offsets[i + 1]]
     labels   int32 [n]             the class of image i
 
@@ -94,8 +96,8 @@ class ImageFolder:
     count of each string and so copies the whole list, page by page, into every worker.
     """
 
-    def __init__(self, root, split, classes: list[str], names, offsets, labels):
-        self.root, self.split, self.classes = os.fspath(root), split, classes
+    def __init__(self, root, split, classes: list[str], names, offsets, labels, flat=False):
+        self.root, self.split, self.classes, self.flat = os.fspath(root), split, classes, flat
         self.names, self.offsets, self.labels = names, offsets, labels
 
     def __len__(self):
@@ -104,7 +106,8 @@ class ImageFolder:
     def name(self, index: int) -> str:
         """The path below ROOT: SPLIT/CLASS/.../FILE."""
         path = self.names[self.offsets[index]:self.offsets[index + 1]].tobytes()
-        return os.path.join(self.split, self.classes[self.labels[index]], os.fsdecode(path))
+        folder = "" if self.flat else self.classes[self.labels[index]]
+        return os.path.join(self.split, folder, os.fsdecode(path))
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """The decoded image and its label; raises what `decode` raises."""
@@ -130,7 +133,8 @@ def scan_folder(root, split: str) -> ImageFolder:
     flat = [entry for entry in flat if entry.lower().endswith(EXTENSIONS)]
     if flat:
         raise ValueError(f"--data: {len(flat)} images such as {flat[0]} lie flat in {folder}, "
-                         f"outside any class folder; {expected}")
+                         f"outside any class folder; {expected}"
+                         + (", or name their classes with --val-labels" if split == "val" else ""))
     if not classes:
         raise ValueError(f"--data: {folder} has no class folders; {expected}")
 
@@ -148,6 +152,63 @@ def scan_folder(root, split: str) -> ImageFolder:
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
     return ImageFolder(root, split, classes, np.frombuffer(bytes(names), np.uint8), offsets, labels)
+
+
+def scan_flat(root, split: str, label_of: dict[str, str] | None = None,
+              classes: list[str] | None = None) -> ImageFolder:
+    """Lists the images of ROOT/SPLIT/**, paths sorted, as `read_labels` classes them.
+
+    Without label_of every label is 0. Without classes they are those of label_of, numbers in the
+    order of their values. Raises ValueError for a missing or empty folder, and where images, labels
+    and classes do not agree.
+    """
+    folder = os.path.normpath(os.path.join(root, split))
+    if not os.path.isdir(folder):
+        raise ValueError(f"no folder {folder}")
+    paths = sorted(_image_paths(folder))
+    if not paths:
+        raise ValueError(f"not a single image below {folder} ({' '.join(EXTENSIONS)})")
+    labels = np.zeros(len(paths), np.int32)
+    if label_of is not None:
+        numbers = all(label.isdigit() for label in label_of.values())
+        classes = classes or sorted(set(label_of.values()), key=int if numbers else None)
+        stems = [_stem(os.path.basename(os.fsdecode(path))) for path in paths]
+        for what, odd in (("without a label", sorted(set(stems) - set(label_of))),
+                          ("missing", sorted(set(label_of) - set(stems))),
+                          ("of a class unknown to the model",
+                           sorted(n for n in label_of if label_of[n] not in set(classes)))):
+            if odd:
+                raise ValueError(f"--val-labels: {len(odd)} images of {folder} are {what}: "
+                                 f"{_first(odd)}")
+        number = {label: i for i, label in enumerate(classes)}
+        labels = np.array([number[label_of[stem]] for stem in stems], np.int32)
+    offsets = np.concatenate([[0], np.cumsum([len(path) for path in paths])])
+    return ImageFolder(root, split, classes or [""], np.frombuffer(b"".join(paths), np.uint8),
+                       offsets, labels, flat=True)
+
+
+def read_labels(path) -> dict[str, str]:
+    """{image name without its ending: class} of lines 'NAME CLASS', or of ImageNet's
+    LOC_val_solution.csv: a header, then ImageId,PredictionString whose first word is the class.
+    Raises ValueError for a file that cannot be read or a line of another form."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file if line.strip()]
+    except (OSError, ValueError) as e:
+        raise ValueError(f"--val-labels {path} cannot be read: {e}") from e
+    kaggle = bool(lines) and lines[0].startswith("ImageId,")
+    labels = {}
+    for line in lines[kaggle:]:
+        name, *words = line.replace(",", " ", 1).split() if kaggle else line.rsplit(None, 1)
+        if not words:
+            raise ValueError(f"--val-labels {path}: {line!r} is not of the form 'NAME CLASS'")
+        labels[_stem(name)] = words[0]
+    return labels
+
+
+def _stem(name: str) -> str:
+    stem, ending = os.path.splitext(name)
+    return stem if ending.lower() in EXTENSIONS else name
 
 
 def _image_paths(folder: str):
@@ -211,21 +272,45 @@ class Shapes:
         return Image.fromarray(np.asarray(image) + noise - np.uint8(16)), label
 
 
-def open_data(data: str, image_hw: tuple[int, int]):
+def open_data(data: str, image_hw: tuple[int, int], val_labels: str | None = None):
     """(train, val) sources of --data: 'shapes', or a folder with train/CLASS/* and val/CLASS/*.
 
     Raises ValueError where `scan_folder` does, and if the two splits differ in their classes.
     """
     if data == "shapes":
         return Shapes(image_hw, "train"), Shapes(image_hw, "val")
-    val, train = scan_folder(data, "val"), scan_folder(data, "train")  # the quick one first
-    if train.classes != val.classes:  # labels are positions in this list: they would shift
-        only = {split: sorted(set(a) - set(b)) for split, a, b in
-                (("train", train.classes, val.classes), ("val", val.classes, train.classes))}
-        raise ValueError(f"--data: {data}/train and {data}/val must have the same class folders; " +
-                         "; ".join(f"{len(names)} only in {split}: {_first(names)}"
-                                   for split, names in only.items() if names))
+    train = None if val_labels is None else scan_folder(data, "train")
+    val = open_val(data, image_hw, val_labels, train and train.classes)  # the quick one first
+    train = train or scan_folder(data, "train")
+    check_same_classes(f"{data}/train", train.classes, f"{data}/val", val.classes)
     return train, val
+
+
+def open_val(data: str, image_hw: tuple[int, int], val_labels: str | None = None,
+             classes: list[str] | None = None):
+    """The validation source of --data, numbered as in `classes` (a model's: the shapes' are not
+    sorted) if those are its classes; with val_labels its images lie flat, and are of `classes`.
+    Raises ValueError where `scan_folder` or `scan_flat` does."""
+    if data == "shapes":
+        return Shapes(image_hw, "val")
+    if val_labels is not None:
+        return scan_flat(data, "val", read_labels(val_labels), classes)
+    source = scan_folder(data, "val")
+    if classes and classes != source.classes and set(classes) == set(source.classes):
+        number = {name: i for i, name in enumerate(classes)}
+        source.labels = np.array([number[name] for name in source.classes])[source.labels]
+        source.classes = classes
+    return source
+
+
+def check_same_classes(one: str, classes: list[str], other: str, others: list[str]) -> None:
+    """Labels are positions in these lists: ValueError if the lists differ, naming the classes."""
+    if classes != others:
+        only = {one: sorted(set(classes) - set(others)), other: sorted(set(others) - set(classes))}
+        differ = [f"{len(names)} only in {which}: {_first(names)}"
+                  for which, names in only.items() if names]
+        raise ValueError(f"--data: {one} and {other} must have the same classes; "
+                         f"{'; '.join(differ) or 'their order differs'}")
 
 
 class Unreadable:
@@ -465,6 +550,32 @@ def _shift_hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     # a channel falls below value by chroma, on a trapezoid over the circle of hues
     k = torch.stack([(sixths + n) % 6 for n in (5, 3, 1)], 1)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+# ----------------------------------------------------------------------------- contact sheet
+SHEET, COLUMNS, TILE, CAPTION = 30, 6, 176, 44  # images, images in a row, pixels
+
+
+def contact_sheet(images: list[tuple[Image.Image, str, str]]) -> Image.Image:
+    """(image, title, note) of at most SHEET images, each on a tile with its caption below."""
+    fonts = [ImageFont.load_default(size) for size in (15, 13)]
+    columns, pad = min(COLUMNS, len(images)), 12
+    width, height, rows = TILE + pad, TILE + CAPTION + pad, math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * width + pad, rows * height + pad), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, *caption) in enumerate(images):
+        x, y = pad + i % columns * width, pad + i // columns * height
+        draw.rectangle((x, y, x + TILE - 1, y + TILE - 1), fill=(238, 238, 238))
+        tile = ImageOps.contain(image, (TILE, TILE), Image.Resampling.BICUBIC)
+        sheet.paste(tile, (x + (TILE - tile.width) // 2, y + (TILE - tile.height) // 2))
+        for text, font, top, grey in zip(caption, fonts, (4, 23), (20, 110)):
+            text = unicodedata.normalize("NFKD", text)  # Pillow's own font is ASCII: u for u-umlaut
+            text = "".join(c for c in text if not unicodedata.combining(c))
+            text = text.encode("ascii", "replace").decode()
+            while draw.textlength(text, font) > TILE:
+                text = text[:-4] + "..."
+            draw.text((x, y + TILE + top), text, fill=(grey,) * 3, font=font)
+    return sheet
 
 
 # ----------------------------------------------------------------------------- loaders

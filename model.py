@@ -14,11 +14,23 @@ channels, p patch side, t tensor-parallel size. With t > 1 the residual stream h
 images, and between the two layers of a block half there are t*b images and 1/t of the features
 (parallel.py says why); with t = 1 this is a plain ViT, which builds with no process group.
 
-Checked against timm and torchvision: same weights, same logits (test_vit.py).
+The last section reads weights of timm, Hugging Face, torchvision and Google, and writes the first
+three. Checked against these libraries: same weights, same logits (test_vit.py).
 """
 
+import json
+import math
+import mmap
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -29,8 +41,18 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from configs import ViTConfig, stable_seed
-from parallel import ColumnParallelLinear, Grid, RowParallelLinear, full_shape, shard
+from configs import MODELS, ViTConfig, stable_seed
+from parallel import (
+    CheckpointTensors,
+    ColumnParallelLinear,
+    Grid,
+    RowParallelLinear,
+    full_shape,
+    newest_checkpoint,
+    read_meta,
+    shard,
+    write_atomically,
+)
 
 try:
     from flash_attn import flash_attn_func
@@ -326,3 +348,423 @@ def choose_attention(choice: str, config: ViTConfig, tp: int, device: torch.devi
         raise ValueError(f"--attention {choice} does not run on {device.type} with {shape}: "
                          f"{error}. Legal here: auto, {', '.join(legal)}")
     return choice, f"--attention {choice}, {shape}"
+
+
+# ----------------------------------------------------------------------------- weights of others
+# (their name, ours), replaced as text; timm's names are ours. The last group of a format is what
+# other versions of the library write. `.attn.q. .attn.k. .attn.v.` are then fused to `.attn.qkv.`.
+NAMES = {
+    "timm": [],
+    "torchvision": [
+        ("class_token", "cls_token"), ("encoder.pos_embedding", "pos_embed"),
+        ("conv_proj.", "patch_embed.proj."), ("encoder.layers.encoder_layer_", "blocks."),
+        (".ln_1.", ".norm1."), (".ln_2.", ".norm2."),
+        (".self_attention.in_proj_", ".attn.qkv."), (".self_attention.out_proj.", ".attn.proj."),
+        (".mlp.0.", ".mlp.fc1."), (".mlp.3.", ".mlp.fc2."), ("encoder.ln.", "norm."),
+        ("heads.pre_logits.", "pre_logits.fc."), ("heads.head.", "head."),
+        (".mlp.linear_1.", ".mlp.fc1."), (".mlp.linear_2.", ".mlp.fc2."),  # the released files
+    ],
+    "hf": [
+        ("vit.embeddings.cls_token", "cls_token"),
+        ("vit.embeddings.position_embeddings", "pos_embed"),
+        ("vit.embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+        ("vit.encoder.layer.", "blocks."),
+        (".layernorm_before.", ".norm1."), (".layernorm_after.", ".norm2."),
+        (".attention.attention.query.", ".attn.q."), (".attention.attention.key.", ".attn.k."),
+        (".attention.attention.value.", ".attn.v."), (".attention.output.dense.", ".attn.proj."),
+        (".intermediate.dense.", ".mlp.fc1."), (".output.dense.", ".mlp.fc2."),
+        ("vit.layernorm.", "norm."), ("vit.pooler.dense.", "pre_logits.fc."),
+        ("classifier.", "head."),
+        ("vit.layers.", "blocks."), (".attention.q_proj.", ".attn.q."),  # transformers 5, in memory
+        (".attention.k_proj.", ".attn.k."), (".attention.v_proj.", ".attn.v."),
+        (".attention.o_proj.", ".attn.proj."),
+    ],
+    "google": [
+        ("cls", "cls_token"), ("Transformer/posembed_input/pos_embedding", "pos_embed"),
+        ("embedding/", "patch_embed.proj."), ("Transformer/encoderblock_", "blocks."),
+        ("/LayerNorm_0/", ".norm1."), ("/LayerNorm_2/", ".norm2."),
+        ("/MultiHeadDotProductAttention_1/query/", ".attn.q."),
+        ("/MultiHeadDotProductAttention_1/key/", ".attn.k."),
+        ("/MultiHeadDotProductAttention_1/value/", ".attn.v."),
+        ("/MultiHeadDotProductAttention_1/out/", ".attn.proj."),
+        ("/MlpBlock_3/Dense_0/", ".mlp.fc1."), ("/MlpBlock_3/Dense_1/", ".mlp.fc2."),
+        ("Transformer/encoder_norm/", "norm."), ("pre_logits/", "pre_logits.fc."),
+        ("head/", "head."), ("kernel", "weight"), ("scale", "weight"),
+    ],
+}
+# Where a file is silent: epsilon of LayerNorm, pixel mean, pixel deviation.
+SILENT = {"timm": (1e-6, (0.5,) * 3, (0.5,) * 3), "hf": (1e-12, (0.5,) * 3, (0.5,) * 3),
+          "google": (1e-6, (0.5,) * 3, (0.5,) * 3),
+          "torchvision": (1e-6, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+TOLD = ("image_size", "num_attention_heads", "layernorm_eps", "gelu_approximate", "mean", "std",
+        "crop_ratio", "precision", "classes")  # what shapes do not tell
+SHAPE = ("hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads", "patch_size",
+         "num_channels", "num_class_tokens")
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # config.json beside them describes them
+
+
+class Weights(NamedTuple):
+    """A ViT's full weights under our names, and what goes with them."""
+    format: str                         # a key of NAMES, or a checkpoint
+    tensors: dict[str, torch.Tensor]
+    facts: dict                         # fields of ViTConfig and TrainConfig; classes, if told
+
+
+def rename(name: str, pairs) -> str:
+    """Replaces each first text of a pair by its second, in one pass; the earlier pair wins."""
+    table = dict(reversed(pairs))
+    return re.sub("|".join(map(re.escape, table)), lambda m: table[m[0]], name) if table else name
+
+
+def read_weights(path: str | Path, image_size=None) -> Weights:
+    """Reads our checkpoint (or the newest of an output directory), or a file of timm, Hugging Face
+    (or a hub's folder), torchvision or Google (.npz), which its names tell. No code in it is run.
+
+    Sizes come from the tensors' shapes, the rest from our files' facts or a hub's config.json, else
+    SILENT. image_size (the file's own) is needed where its patches are no square and it does not
+    tell. Raises ValueError for a file that cannot be read, is no ViT, or is not complete.
+    """
+    path = Path(path)
+    try:
+        raw, told = _open(path)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    except Exception as e:  # torch, zip and the file system each fail in their own ways
+        code = re.search(r"GLOBAL (\S+)", str(e))
+        if isinstance(e, pickle.UnpicklingError) and code:
+            raise ValueError(f"{path} holds pickled objects other than tensors ({code[1]}); loading"
+                             f" them could run code. Save its state dict alone") from e
+        raise ValueError(f"{path} is truncated, or not a {path.suffix} file of plain tensors "
+                         f"({type(e).__name__})") from e
+    if "embeddings.cls_token" in raw:  # Hugging Face's ViTModel: no head, no prefix
+        raw = {"vit." + name: x for name, x in raw.items()}
+    names = {fmt: {rename(name, pairs): name for name in raw} for fmt, pairs in NAMES.items()}
+    fmt = next((fmt for fmt in NAMES if "patch_embed.proj.weight" in names[fmt]), None)
+    if fmt is None:
+        raise ValueError(f"{path} is not a ViT of {', '.join(NAMES)}; its names begin with "
+                         f"{', '.join(list(raw)[:4])}")
+    tensors = {ours: raw[name] for ours, name in names[fmt].items()}
+    try:
+        sizes = _to_ours(fmt, tensors, names[fmt])
+        with torch.device("meta"):
+            model = ViT(ViTConfig(**{"num_attention_heads": 1, "image_size": sizes["patch_size"],
+                                     **sizes}))
+    except (KeyError, IndexError, RuntimeError, ValueError) as e:
+        raise ValueError(f"{path} looks like {fmt}'s, but is no ViT with a class token or is "
+                         f"incomplete: {e!r}") from e
+    expected = {name: x.shape for name, x in model.named_parameters()} | {
+        "pos_embed": (1, tensors["pos_embed"].shape[1], sizes["hidden_size"])}
+    head = {"head.weight", "head.bias"}
+    odd = {"unknown": tensors.keys() - expected.keys(),
+           "missing": expected.keys() - tensors.keys() - (set() if head & tensors.keys() else head),
+           "misshapen": {n for n in tensors.keys() & expected.keys()
+                         if tensors[n].shape != expected[n]}}
+    odd = [f"{len(found)} {kind} ({', '.join(sorted(names[fmt].get(n, n) for n in found)[:3])})"
+           for kind, found in odd.items() if found]
+    if odd or len(names[fmt]) != len(raw):
+        raise ValueError(f"{path} is of {fmt}'s form, but not this model: "
+                         f"{'; '.join(odd) or 'some weights are there under two names'}")
+    eps, mean, std = SILENT[fmt]
+    facts = {"layernorm_eps": eps, "gelu_approximate": "none", "mean": mean, "std": std, **told,
+             **sizes}
+    facts["image_size"] = image_size or told.get("image_size")
+    try:
+        tensors["pos_embed"], facts["image_size"] = _positions(tensors["pos_embed"], facts)
+    except ValueError as e:
+        raise ValueError(f"{path} {e}") from e
+    ours = fmt == "timm" and path.is_dir() and "classes" in told
+    return Weights("a checkpoint" if ours else fmt, tensors, facts)
+
+
+def _open(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors of a file or checkpoint under their own names, and the facts it tells."""
+    told = {}
+    if path.is_dir():
+        hub = [path / name for name in HUB_FILES if (path / name).exists()]
+        if hub:
+            return _open(hub[0])
+        path = newest_checkpoint(path)
+        meta, read = read_meta(path), CheckpointTensors(path)
+        raw = {name: read(name, "weight") for name in meta["where"]}
+        told = {**meta["config"], **meta["vit"], "classes": meta["classes"]}
+    elif not path.exists():
+        raise ValueError("there is no such file")
+    elif path.suffix == ".safetensors":
+        raw, metadata = read_safetensors(path)
+        told = json.loads(metadata.get("facts", "{}"))
+    elif path.suffix == ".npz":
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is truncated, or not an .npz file")
+        with np.load(path, allow_pickle=False) as file:
+            raw = {name: torch.from_numpy(file[name]) for name in file.files}
+    elif path.suffix in (".pt", ".pth", ".bin"):
+        raw = torch.load(path, map_location="cpu", weights_only=True,
+                         mmap=zipfile.is_zipfile(path))  # files of torch < 1.6 cannot be mapped
+        told = getattr(raw, "facts", {})
+        for key in ("model", "state_dict"):  # as MAE, DeiT and timm's training script wrap them
+            raw = raw[key] if isinstance(raw, dict) and key in raw else raw
+    else:
+        raise ValueError("its name must end in .pt, .pth, .bin, .safetensors or .npz, or it must "
+                         "be a checkpoint directory")
+    if not isinstance(raw, dict) or not all(isinstance(x, torch.Tensor) for x in raw.values()):
+        raise ValueError("it is not a dictionary of named tensors")
+    told = told or _hub_facts(path)
+    return raw, {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k in TOLD}
+
+
+def _hub_facts(path: Path) -> dict:
+    """What config.json (Hugging Face's or timm's) and preprocessor_config.json beside a hub's file
+    tell. Raises ValueError for an activation that is not GELU."""
+    beside = [path.with_name(name) for name in ("config.json", "preprocessor_config.json")]
+    config, pixels = (json.loads(file.read_text()) if path.name in HUB_FILES and file.exists()
+                      else {} for file in beside)
+    timm, gelu = config.get("pretrained_cfg", {}), config.get("hidden_act", "gelu")
+    if gelu not in ("gelu", "gelu_new", "gelu_pytorch_tanh"):
+        raise ValueError(f"config.json says hidden_act {gelu}; legal: gelu, gelu_pytorch_tanh")
+    told = dict(
+        num_attention_heads=config.get("num_attention_heads"),
+        layernorm_eps=config.get("layer_norm_eps"),
+        gelu_approximate="none" if gelu == "gelu" else "tanh",
+        image_size=config.get("image_size", timm.get("input_size", [None])[1:]) or None,
+        mean=timm.get("mean", pixels.get("image_mean")),
+        std=timm.get("std", pixels.get("image_std")), crop_ratio=timm.get("crop_pct"))
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def _to_ours(fmt: str, tensors: dict[str, torch.Tensor], theirs: dict[str, str]) -> dict:
+    """Brings renamed tensors into our shapes, in place; returns the sizes that the shapes tell."""
+    sizes = {}
+    if fmt == "google":  # Flax: kernels [in, out], convolutions [p, p, C, D], heads apart
+        sizes["num_attention_heads"] = tensors["blocks.0.attn.q.weight"].shape[1]  # [D, nh, hd]
+        for name, x in tensors.items():
+            if x.ndim == 4:
+                tensors[name] = x.permute(3, 2, 0, 1)                          # [D, C, p, p]
+            elif theirs[name].endswith("kernel"):                # out is [nh, hd, D], q, k, v above
+                tensors[name] = (x.flatten(0, -2) if ".attn.proj." in name else x.flatten(1)).T
+            elif ".attn." in name:
+                tensors[name] = x.flatten()                                    # bias [nh, hd]
+    for name in [name for name in tensors if ".attn.q." in name]:
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if all(part in tensors for part in parts):
+            fused = name.replace(".attn.q.", ".attn.qkv.")
+            tensors[fused] = torch.cat([tensors.pop(part) for part in parts])
+    if "reg_token" in tensors:  # timm's registers are our further class tokens, in the same place
+        tensors["cls_token"] = torch.cat([tensors["cls_token"], tensors.pop("reg_token")], dim=1)
+    weight = tensors["patch_embed.proj.weight"]
+    if "head.weight" in tensors:
+        sizes["num_classes"] = tensors["head.weight"].shape[0]
+    return sizes | dict(
+        hidden_size=weight.shape[0], num_channels=weight.shape[1], patch_size=weight.shape[3],
+        ffn_hidden_size=tensors["blocks.0.mlp.fc1.weight"].shape[0],
+        num_layers=1 + max(int(n.split(".")[1]) for n in tensors if n.startswith("blocks.")),
+        num_class_tokens=tensors["cls_token"].shape[1],
+        head="mlp" if "pre_logits.fc.weight" in tensors else "linear")
+
+
+def _positions(pos: torch.Tensor, facts: dict) -> tuple[torch.Tensor, int | tuple[int, int]]:
+    """The positions [1, P + h*w, D] of P class tokens and h*w patches, and their image size."""
+    prefix, p, size = facts["num_class_tokens"], facts["patch_size"], facts["image_size"]
+    size = size or p * math.isqrt(max(pos.shape[1] - prefix, 0))
+    h, w = (side // p for side in ((size, size) if isinstance(size, int) else size))
+    if pos.shape[1] == h * w:  # timm's no_embed_class: class tokens have no position
+        pos = torch.cat([pos.new_zeros(1, prefix, pos.shape[2]), pos], dim=1)
+    if pos.shape[1] != prefix + h * w:
+        raise ValueError(f"has {pos.shape[1]} positions, which are not {prefix} class tokens and a "
+                         f"{h}x{w} grid of patches: give the image size that it was trained at as "
+                         f"--init-image-size HEIGHT,WIDTH")
+    return pos, size
+
+
+def resize_pos_embed(pos: torch.Tensor, num_class_tokens: int, old: tuple[int, int],
+                     new: tuple[int, int]) -> torch.Tensor:
+    """Positions of an old (h, w) grid of patches, [1, P + h*w, D], for a new grid.
+
+    The P class positions stay; the grid is resized in fp32, bicubic with antialiasing, to an exact
+    size (a scale factor rounds wrong: dinov2#378). Unchanged at the same size.
+    """
+    if old == new:
+        return pos
+    classes, grid = pos[:, :num_class_tokens], pos[:, num_class_tokens:]
+    grid = grid.float().unflatten(1, old).permute(0, 3, 1, 2)                  # [1, D, h, w]
+    grid = F.interpolate(grid, size=new, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([classes, grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos.dtype)], dim=1)
+
+
+def model_name(facts: dict) -> str | None:
+    """The entry of MODELS with the widths, depth and patch of these facts."""
+    fields = ("hidden_size", "ffn_hidden_size", "num_layers", "patch_size")
+    return next((name for name, shape in MODELS.items()
+                 if all(facts[k] == getattr(shape, k) for k in fields)), None)
+
+
+def fit_weights(weights: Weights, config: ViTConfig) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """(the full fp32 weights for ViT(config), what was done to them).
+
+    Only the position embedding is resized, and only the head may be left out of the result, to be
+    initialised: where the file has none, or one of another kind or number of classes.
+    Raises ValueError for the weights of another model.
+    """
+    facts, tensors = weights.facts, {name: x.float() for name, x in weights.tensors.items()}
+    odd = [f"{k} {facts[k]} (this run: {getattr(config, k)})" for k in SHAPE
+           if facts.get(k, getattr(config, k)) != getattr(config, k)]
+    if odd:
+        name = model_name(facts)
+        raise ValueError(f"the weights are of another model: {', '.join(odd)}"
+                         + (f"; it has the shape of --model {name}" if name else ""))
+    old = ViTConfig(patch_size=config.patch_size, image_size=facts["image_size"]).grid_hw
+    tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], config.num_class_tokens, old,
+                                            config.grid_hw)
+    dropped, new, report = (), "head", []
+    if old != config.grid_hw:
+        report.append("pos_embed resized from {}x{} to {}x{}".format(*old, *config.grid_hw))
+    if facts["head"] != config.head:
+        dropped = ("pre_logits.", "head.")
+        new = "head (no pre_logits.fc)" if config.head == "linear" else "pre_logits.fc and head"
+    elif facts.get("num_classes") != config.num_classes:
+        dropped = ("head.",)
+    if dropped:
+        tensors = {name: x for name, x in tensors.items() if not name.startswith(dropped)}
+        found = (f"'s is {facts['head']}, {facts['num_classes']} classes"
+                 if "num_classes" in facts else " has none")
+        report.append(f"{new} newly initialised for {config.num_classes} classes: the file{found}")
+    return tensors, [f"{len(tensors)} weights loaded", *report]
+
+
+@torch.no_grad()
+def load_weights(model: ViT, fitted: dict[str, torch.Tensor]) -> None:
+    """fit_weights' result into a model of any layout; a new head keeps its initialisation. Before
+    the optimizer is built, or call its refresh_masters."""
+    for name, param in model.named_parameters():
+        if name in fitted:
+            param.copy_(shard(fitted[name], param, model.grid.tp))
+
+
+def to_format(state: dict[str, torch.Tensor], config: ViTConfig,
+              fmt: str) -> dict[str, torch.Tensor]:
+    """Our full weights under the names of timm, hf or torchvision, complete for strict loading.
+
+    More than one class token is a class token and registers (reg_tokens=N-1) in timm.
+    Raises ValueError for a model that the library does not have, saying what to change.
+    """
+    count, (h, w) = config.num_class_tokens, config.image_hw
+    if config.head == "mlp" and fmt != "torchvision":
+        raise ValueError(f"--format {fmt} has no place for the pretraining head (--head mlp): "
+                         f"fine-tune with --head linear first, or use --format torchvision")
+    if count > 1 and fmt != "timm":
+        raise ValueError(f"--format {fmt} has one class token, this model has {count}: use "
+                         f"--format timm (reg_tokens={count - 1})")
+    if fmt == "torchvision" and (h != w or config.num_channels != 3
+                                 or config.gelu_approximate != "none"):
+        raise ValueError("--format torchvision has square images, 3 channels and exact GELU only: "
+                         "use --format timm")
+    state = dict(state)
+    if count > 1:
+        state["cls_token"], state["reg_token"] = state["cls_token"].split([1, count - 1], dim=1)
+    for name in [name for name in state if fmt == "hf" and ".attn.qkv." in name]:
+        for part, x in zip("qkv", state.pop(name).chunk(3), strict=True):
+            state[name.replace("qkv", part)] = x
+    back = [(ours, theirs) for theirs, ours in NAMES[fmt]]
+    return {rename(name, back): x for name, x in state.items()}
+
+
+def write_weights(path: str | Path, tensors: dict[str, torch.Tensor], config: ViTConfig, fmt: str,
+                  facts: dict) -> str:
+    """Writes to_format's weights as fp32 to a .pt or .safetensors file, whole or not at all, and
+    returns the Python code that opens it. Facts travel along, unseen by other libraries, so that
+    read_weights need not guess them. For Hugging Face the file must be FOLDER/model.safetensors,
+    and its two configs are written beside it: then from_pretrained(FOLDER) is all that it takes.
+    Raises ValueError for another ending, OSError if it cannot be written."""
+    path, facts = Path(path), {k: facts[k] for k in TOLD if k in facts}
+    if path.suffix not in (".pt", ".safetensors"):
+        raise ValueError(f"--export {path} must end in .pt or .safetensors")
+    if fmt == "hf" and path.name != "model.safetensors":
+        raise ValueError(f"--export {path}: --format hf writes a folder for from_pretrained; give "
+                         f"FOLDER/model.safetensors")
+    tensors = OrderedDict((name, x.float().contiguous()) for name, x in tensors.items())
+    tensors.facts = facts  # an attribute, as torch's own _metadata: the keys stay the model's
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, values in hf_configs(config, facts).items() if fmt == "hf" else ():
+        text = json.dumps(values, indent=1)
+        write_atomically(path.with_name(name), lambda file, text=text: file.write(text.encode()))
+    write_atomically(path, lambda file: (torch.save(tensors, file) if path.suffix == ".pt" else
+                                         write_safetensors(file, tensors, facts)))
+    return how_to_open(path, config, fmt)
+
+
+def hf_configs(config: ViTConfig, facts: dict) -> dict[str, dict]:
+    """Hugging Face's config.json and preprocessor_config.json."""
+    labels = facts.get("classes") or [f"LABEL_{i}" for i in range(config.num_classes)]
+    h, w = config.image_hw
+    return {"config.json": dict(
+        architectures=["ViTForImageClassification"], model_type="vit",
+        hidden_size=config.hidden_size, intermediate_size=config.ffn_hidden_size,
+        num_hidden_layers=config.num_layers, num_attention_heads=config.num_attention_heads,
+        patch_size=config.patch_size, num_channels=config.num_channels,
+        image_size=h if h == w else [h, w], layer_norm_eps=config.layernorm_eps, qkv_bias=True,
+        hidden_act="gelu" if config.gelu_approximate == "none" else "gelu_pytorch_tanh",
+        id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)},
+    ), "preprocessor_config.json": dict(
+        image_processor_type="ViTImageProcessor", size=dict(height=h, width=w), resample=3,
+        image_mean=facts["mean"], image_std=facts["std"])}
+
+
+def how_to_open(path: Path, config: ViTConfig, fmt: str) -> str:
+    """Python code that opens an exported file in its library, strictly."""
+    if fmt == "hf":
+        return ("import transformers\nmodel = transformers.ViTForImageClassification."
+                f"from_pretrained({str(path.parent)!r})")
+    c, d, f, (h, w) = config, config.hidden_size, config.ffn_hidden_size, config.image_hw
+    size = h if h == w else (h, w)
+    theirs = dict(
+        img_size=size, in_chans=c.num_channels, embed_dim=d, depth=c.num_layers, mlp_ratio=f / d,
+        reg_tokens=c.num_class_tokens - 1,
+        act_layer="gelu" if c.gelu_approximate == "none" else "gelu_tanh",
+    ) if fmt == "timm" else dict(
+        image_size=size, hidden_dim=d, num_layers=c.num_layers, mlp_dim=f,
+        representation_size=d if c.head == "mlp" else None)
+    theirs |= dict(patch_size=c.patch_size, num_heads=c.num_attention_heads,
+                   num_classes=c.num_classes)
+    load = "torch.load" if path.suffix == ".pt" else "safetensors.torch.load_file"
+    return (f"import functools, {fmt}, torch" + ", safetensors.torch" * (path.suffix != ".pt")
+            + f"\nmodel = {fmt}.models.VisionTransformer("
+            + ", ".join(f"{k}={v!r}" for k, v in theirs.items())
+            + f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={config.layernorm_eps}))\n"
+            + f"model.load_state_dict({load}({str(path)!r}))")
+
+
+# safetensors: 8 bytes header length, JSON {name: dtype, shape, data_offsets}, then raw bytes.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors, metadata); the file is mapped, not read. Raises ValueError if it is damaged."""
+    with open(path, "rb") as file:
+        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        if not 0 < length <= size - 8:
+            raise ValueError("it is truncated, or not a safetensors file")
+        header = json.loads(file.read(length))
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    metadata, tensors, start = header.pop("__metadata__", {}), {}, 8 + length
+    for name, entry in header.items():
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        count = math.prod(shape)
+        if begin < 0 or end - begin != count * dtype.itemsize or start + end > size:
+            raise ValueError(f"it is truncated or damaged: {name} needs bytes {begin} to {end}, "
+                             f"the file holds {size - start}")
+        tensors[name] = torch.frombuffer(data, dtype=dtype, count=count,
+                                         offset=start + begin).view(shape)
+    return tensors, metadata
+
+
+def write_safetensors(file, tensors: dict[str, torch.Tensor], facts: dict) -> None:
+    """fp32 tensors to an open binary file."""
+    header, offset = {"__metadata__": {"format": "pt", "facts": json.dumps(facts)}}, 0
+    for name, x in tensors.items():
+        header[name] = dict(dtype="F32", shape=list(x.shape),
+                            data_offsets=[offset, offset + x.nbytes])
+        offset += x.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for x in tensors.values():
+        file.write(x.detach().cpu().numpy())

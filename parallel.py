@@ -502,11 +502,21 @@ def _write_synced(path: Path, write: Callable) -> None:
         os.fsync(f.fileno())
 
 
-def _replace_text(path: Path, text: str) -> None:
+def write_atomically(path: Path, write: Callable) -> None:
+    """write(file) to a temporary file that becomes `path`: whole, or not at all (OSError)."""
     temporary = path.with_name(path.name + ".tmp")
-    _write_synced(temporary, lambda f: f.write(text.encode()))
-    os.replace(temporary, path)
-    _fsync_directory(path.parent)
+    try:
+        _write_synced(temporary, write)
+        os.replace(temporary, path)
+        _fsync_directory(path.parent)
+    except RuntimeError as e:  # torch.save reports a full disk as RuntimeError
+        raise OSError(f"could not write {path}: {e}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda f: f.write(text.encode()))
 
 
 def save_checkpoint(root: Path, step: int, optimizer: ShardedOptimizer, meta: dict,
@@ -580,6 +590,20 @@ def incomplete_reason(directory: Path) -> str | None:
         if found != size:
             return f"{path} has {found} bytes, should have {size}"
     return None
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """path itself if it is a checkpoint, else the newest complete one of this output directory.
+    Raises ValueError if there is none."""
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
+    if path.name.startswith("step_") or (path / "meta.json").exists():
+        read_meta(path)  # raises if it is incomplete
+        return path
+    found = complete_checkpoints(path)
+    if not found:
+        raise ValueError(f"{path} holds no complete checkpoint (step_*/meta.json)")
+    return found[-1]
 
 
 def read_meta(directory: Path) -> dict:

@@ -6,6 +6,11 @@
     torchrun --standalone --nproc_per_node 8 train.py --data DIR --model G14 \\
         --tensor-parallel-size 2 --activation-checkpointing full --checkpoint-method block
     WORLD_SIZE=8 python train.py --data DIR --model g14 --dry-run   # sizes, memory, schedule
+    torchrun --standalone --nproc_per_node 8 train.py --data DIR --model B16 --recipe finetune \\
+        --init-from WEIGHTS                                         # fine-tune
+    python train.py --eval --checkpoint output --data DIR           # score DIR/val
+    python train.py --predict FOLDER --checkpoint output            # classify images
+    python train.py --export FILE --checkpoint output --format timm
 
 One step: global batch = micro-batch x dp x accumulation. Every rank runs forward and backward on
 its own images, gradients add up in fp32, parallel.ShardedOptimizer reduces them, clips, updates.
@@ -20,12 +25,14 @@ Softmax, norm statistics, loss and logits are fp32 in all three. bf16-O2 is NeMo
 
 import collections
 import contextlib
+import csv
 import dataclasses
-import functools
 import importlib
+import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -42,6 +49,8 @@ from tqdm import tqdm
 
 import data
 from configs import (
+    MICRO_BATCH,
+    MODELS,
     TrainConfig,
     ViTConfig,
     divisors,
@@ -51,7 +60,20 @@ from configs import (
     stable_seed,
     to_plain,
 )
-from model import BACKENDS, ViT, choose_attention, compile_blocks
+from model import (
+    BACKENDS,
+    SHAPE,
+    ViT,
+    Weights,
+    choose_attention,
+    compile_blocks,
+    fit_weights,
+    load_weights,
+    model_name,
+    read_weights,
+    to_format,
+    write_weights,
+)
 from parallel import (
     Axis,
     Grid,
@@ -61,10 +83,12 @@ from parallel import (
     incomplete_reason,
     load_checkpoint,
     make_grid,
+    newest_checkpoint,
     on_rank_0,
     plan_buckets,
     read_meta,
     save_checkpoint,
+    write_atomically,
 )
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, NVIDIA's datasheets
@@ -199,10 +223,16 @@ class Log:
 
     def metrics(self, values: dict) -> None:
         if self.main:
-            self.file.write(json.dumps(values) + "\n")
+            finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                      for key, value in values.items()}  # NaN is no JSON
+            self.file.write(json.dumps(finite, allow_nan=False) + "\n")
             for key, value in values.items() if self.board else ():
                 if key != "step" and value is not None:
                     self.board.add_scalar(key, value, values["step"])
+
+    def progress(self, loader):
+        """The loader, with a bar that leaves no trace."""
+        return tqdm(loader, unit="batch", leave=False, dynamic_ncols=True, disable=not self.main)
 
     def close(self) -> None:
         for output in (self.bar, self.file, self.board):
@@ -230,29 +260,214 @@ def evaluate(model, loader, prepare, stop: StopSignal, grid: Grid, device) -> di
     """Scores every image of `loader` exactly once, for any number of ranks, batch or workers.
 
     Padding and unreadable images carry label -100; sums, not means, are reduced. Returns val_loss,
-    val_top1, val_top5 (shares), val_count (images scored) and val_unreadable; None if stopped.
+    val_top1, val_top5 (shares), val_count (images scored) and val_unreadable (the indices of the
+    others); None if stopped.
     """
     model.eval()
-    sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, top-1, top-5, count, bad
+    bad = set()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, count
     for images, labels, indices in loader:
         if stop.poll()[0]:
             model.train()
             return None
         valid = (labels >= 0).to(device, non_blocking=True)
-        bad = (labels < 0) & (indices >= 0)
+        bad |= data.unreadable_in(labels, indices)
         labels = labels.to(device, non_blocking=True)
         logits = model(prepare(images)).float()
         top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
-        sums += torch.stack([loss, top5[:, 0].sum(), top5.any(1).sum(), valid.sum(),
-                             bad.sum().to(device)])
+        sums += torch.stack([loss, top5[:, 0].sum(), top5.any(1).sum(), valid.sum()])
     if grid.world.size > 1:
         dist.all_reduce(sums)
     model.train()
-    loss, top1, top5, count, bad = sums.tolist()
+    loss, top1, top5, count = sums.tolist()
     share = 1 / max(count, 1)
     return dict(val_loss=loss * share, val_top1=top1 * share, val_top5=top5 * share,
-                val_count=int(count), val_unreadable=int(bad))
+                val_count=int(count),
+                val_unreadable=sorted(set().union(*all_gather_object(bad, grid))))
+
+
+def report_scores(log: Log, result: dict, source, prefix: str = "") -> dict:
+    """Prints evaluate's result, unreadable images by name; returns it with their number alone."""
+    bad, count = result["val_unreadable"], result["val_count"]
+    for index in bad:
+        log.print(f"unreadable image, skipped: {source.name(index)}")
+    log.print(f"{prefix}validation top-1 {100 * result['val_top1']:.2f} %, top-5 "
+              f"{100 * result['val_top5']:.2f} %, loss {result['val_loss']:.4f} on {count:,} images"
+              + (f" ({len(bad)} unreadable)" if bad else ""))
+    return {**result, "val_unreadable": len(bad)}
+
+
+# ----------------------------------------------------------------------------- --eval, --predict
+def adopt(weights: Weights, config: TrainConfig, vit: ViTConfig,
+          given: dict) -> tuple[TrainConfig, ViTConfig, dict]:
+    """The configurations with what weights bring along where no flag says otherwise, and that part.
+
+    Training takes what the weights were trained to (the fine-tuning recipe keeps its own head); the
+    other modes take the whole model. Raises ValueError if the weights do not make a whole one.
+    """
+    facts = {"precision": "fp32", **weights.facts}
+    names = {"num_class_tokens", "head", "layernorm_eps", "gelu_approximate", "mean", "std"}
+    if config.recipe == "finetune":
+        names.remove("head")
+    if config.checkpoint:
+        names |= {"num_classes", "image_size", "precision", "crop_ratio"}
+        if "num_classes" not in facts:
+            raise ValueError(f"--checkpoint {config.checkpoint} has no head: fine-tune it first "
+                             f"(--recipe finetune --init-from {config.checkpoint})")
+    if config.checkpoint and "model" not in given:
+        names |= set(SHAPE)
+        name = model_name(facts)
+        if name is not None:
+            facts.setdefault("num_attention_heads", MODELS[name].num_attention_heads)
+        elif not {"num_attention_heads"} & {*facts, *given}:
+            raise ValueError(f"--checkpoint {config.checkpoint} is none of {', '.join(MODELS)} and "
+                             f"does not tell its number of heads: give --num-attention-heads")
+        config = dataclasses.replace(config, model=name or "of its own shape")
+    if config.checkpoint and "num_workers" not in given:  # one to a core, else torch warns
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        config = dataclasses.replace(config, num_workers=min(config.num_workers, max(cores, 1)))
+    taken = {name: facts[name] for name in sorted(names - set(given)) if name in facts}
+
+    def replace(old):
+        known = {f.name for f in dataclasses.fields(old)}
+        return dataclasses.replace(old, **{k: v for k, v in (taken | given).items() if k in known})
+    return replace(config), replace(vit), taken
+
+
+def open_model(config: TrainConfig, vit: ViTConfig, weights: Weights, grid: Grid, device, log: Log):
+    """A model ready for --eval and --predict, its images per rank and batch, and its contexts."""
+    tp = config.tensor_parallel_size
+    micro = config.micro_batch_size or tp * (
+        MICRO_BATCH.get(config.model, 256) if device.type == "cuda" else 64)
+    if micro % tp:
+        raise ValueError(f"--micro-batch-size {micro} must be divisible by --tensor-parallel-size "
+                         f"{tp}; nearest: {micro // tp * tp or tp}, {micro // tp * tp + tp}")
+    fitted, report = fit_weights(weights, vit)
+    model, kernel, why = build_model(config, vit, grid, device)
+    load_weights(model, fitted)
+    if config.precision == "bf16-O2":
+        model.to(torch.bfloat16)
+    if _use_compile(config, device):
+        compile_blocks(model)
+    log.print(f"model {config.model} of {config.checkpoint} ({weights.format}): "
+              f"{vit.num_params / 1e6:,.2f} M parameters, {vit.num_classes} classes; "
+              f"{'; '.join(report)}")
+    log.print(f"images {' x '.join(map(str, vit.image_hw))} px, crop ratio {config.crop_ratio}, "
+              f"mean {config.mean}, std {config.std}")
+    log.print(f"batch {micro} x dp {grid.world.size // tp}; tp {tp}, {grid.world.size} x "
+              f"{_device_name(device)}, precision {config.precision}, attention {kernel} ({why})")
+    return model, micro // tp, kernel
+
+
+def eval_mode(config: TrainConfig, vit: ViTConfig, weights: Weights, grid: Grid, device) -> None:
+    """--eval: scores the checkpoint on DATA/val; needs no DATA/train."""
+    log, stop = Log(grid), StopSignal(grid)
+    with user_errors(grid.world.rank):
+        classes = list(weights.facts.get("classes", ()))
+        source = on_rank_0(grid, lambda: data.open_val(config.data, vit.image_hw,
+                                                       config.val_labels, classes))
+        if classes:
+            data.check_same_classes(config.checkpoint, classes, f"{config.data}/val",
+                                    source.classes)
+        elif len(source.classes) != vit.num_classes:
+            raise ValueError(f"--data: {config.data}/val has {len(source.classes)} classes, "
+                             f"--checkpoint {config.checkpoint} has {vit.num_classes}")
+        model, batch, kernel = open_model(config, vit, weights, grid, device, log)
+        loader = data.eval_loader(source, config, vit.image_hw, batch, grid.world.rank,
+                                  grid.world.size, device)
+    with kernel_context(kernel), autocast(config, device):
+        result = evaluate(model, log.progress(loader), preparer(config, device), stop, grid, device)
+    if result is None:
+        sys.exit(f"stopped by {stop.name or 'a signal'}: not every image was scored")
+    report_scores(log, result, source)
+
+
+def predict_mode(config: TrainConfig, vit: ViTConfig, weights: Weights, grid: Grid, device) -> None:
+    """--predict: every image below a folder to predictions.csv and a contact sheet .png."""
+    log, stop, out = Log(grid), StopSignal(grid), Path(config.output_dir)
+    with user_errors(grid.world.rank):
+        source = on_rank_0(grid, lambda: data.scan_flat(config.predict, ""))
+        on_rank_0(grid, lambda: check_writable(config.output_dir, out))
+        model, batch, kernel = open_model(config, vit, weights, grid, device, log)
+        loader = data.eval_loader(source, config, vit.image_hw, batch, grid.world.rank,
+                                  grid.world.size, device)
+    with kernel_context(kernel), autocast(config, device):
+        best = predict(model, log.progress(loader), preparer(config, device), stop, grid, device,
+                       len(source), min(5, vit.num_classes))
+    if best is None:
+        sys.exit(f"stopped by {stop.name or 'a signal'}: nothing was written")
+    if grid.world.rank:
+        return
+    names = class_names(weights.facts.get("classes"), vit.num_classes)
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["path"] + [f"{column}_{i + 1}" for i in range(min(5, vit.num_classes))
+                               for column in ("class", "probability")])
+    shown = []
+    for index, (probabilities, labels) in enumerate(zip(*best, strict=True)):
+        cells = [(names[label], f"{p:.4f}") for p, label in zip(probabilities, labels, strict=True)]
+        if not probabilities[0]:  # unreadable: a row without predictions
+            log.print(f"unreadable image: {source.name(index)}")
+            cells = []
+        elif len(shown) < data.SHEET:
+            note = f"{100 * probabilities[0]:.1f} %  {Path(source.name(index)).name}"
+            shown.append((source.load(index)[0], names[labels[0]], note))
+        table.writerow([source.name(index), *(cell for pair in cells for cell in pair)])
+    # names that are no UTF-8 keep their bytes
+    csv_bytes = text.getvalue().encode("utf-8", "surrogateescape")
+    write_atomically(out / "predictions.csv", lambda file: file.write(csv_bytes))
+    if shown:
+        sheet = data.contact_sheet(shown)
+        write_atomically(out / "predictions.png", lambda file: sheet.save(file, "PNG"))
+    log.print(f"{len(source):,} images, {sum(not p[0] for p in best[0]):,} unreadable: "
+              f"{out / 'predictions.csv'}" + (f", {out / 'predictions.png'}" if shown else ""))
+
+
+@torch.no_grad()
+def predict(model, loader, prepare, stop: StopSignal, grid: Grid, device, count: int,
+            k: int) -> tuple[list, list] | None:
+    """The k best of each of `count` images: probabilities [count, k], classes [count, k].
+
+    Each rank fills the rows of its images, and the sum over ranks is the table; the row of an
+    unreadable image stays zero. None if stopped.
+    """
+    model.eval()
+    probabilities, classes = torch.zeros(count, k), torch.zeros(count, k, dtype=torch.long)
+    for images, labels, indices in loader:
+        if stop.poll()[0]:
+            return None
+        best = model(prepare(images)).float().softmax(1).topk(k)
+        seen = labels >= 0
+        probabilities[indices[seen]] = best.values.cpu()[seen]
+        classes[indices[seen]] = best.indices.cpu()[seen]
+    if grid.world.size > 1:
+        dist.all_reduce(probabilities)  # on the CPU: through gloo
+        dist.all_reduce(classes)
+    return probabilities.tolist(), classes.tolist()
+
+
+def class_names(classes: tuple[str, ...] | None, count: int) -> list[str]:
+    """What to call the classes. ImageNet's, named n + 8 digits, are in the order of torchvision's
+    words; 1,000 classes without a name are taken to be ImageNet's."""
+    if count == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes or ()):
+        from torchvision.models import ViT_B_16_Weights
+        return ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]
+    return list(classes or (f"class {i}" for i in range(count)))
+
+
+def export_mode(config: TrainConfig, vit: ViTConfig, weights: Weights) -> None:
+    """--export: the checkpoint as a file of another library."""
+    fitted, report = fit_weights(weights, vit)
+    tensors = to_format(fitted, vit, config.format)
+    facts = {**weights.facts, **dataclasses.asdict(config), **dataclasses.asdict(vit)}
+    try:
+        code = write_weights(config.export, tensors, vit, config.format, facts)
+    except OSError as e:
+        raise ValueError(f"--export {config.export} cannot be written: {e}") from e
+    print(f"{config.export}: {config.checkpoint} ({weights.format}) for {config.format}, "
+          f"{'; '.join(report)}; images {' x '.join(map(str, vit.image_hw))} px, mean {config.mean}"
+          f", std {config.std}. Opens with\n\n{code}\n")
 
 
 # ----------------------------------------------------------------------------- --dry-run
@@ -350,16 +565,20 @@ def _gib(plan: dict) -> str:
 
 
 # ----------------------------------------------------------------------------- checks at the start
-def check_output_dir(config: TrainConfig, vit: ViTConfig) -> None:
-    """Finds an output directory that cannot be written, or a disk too full, before step 0."""
-    root = Path(config.output_dir) / "checkpoints"
+def check_writable(flag: str, folder: Path) -> None:
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe = root / ".write-test"
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
         probe.write_bytes(b"0" * 4096)
         probe.unlink()
     except OSError as e:
-        raise ValueError(f"--output-dir {config.output_dir} cannot be written: {e}") from e
+        raise ValueError(f"--output-dir {flag} cannot be written: {e}") from e
+
+
+def check_output_dir(config: TrainConfig, vit: ViTConfig) -> None:
+    """Finds an output directory that cannot be written, or a disk too full, before step 0."""
+    root = Path(config.output_dir) / "checkpoints"
+    check_writable(config.output_dir, root)
     need, free = vit.num_params * 4 * 3, shutil.disk_usage(root).free
     if free < need:
         raise ValueError(f"--output-dir {config.output_dir} has {free / 2**30:.1f} GiB free; one "
@@ -378,25 +597,17 @@ def find_resume(config: TrainConfig, log: Log) -> Path | None:
             raise ValueError(f"--resume none would mix a new run with the checkpoints in {own}; "
                              f"remove them or give another --output-dir")
         return None
-    root = own
     if config.resume != "auto":
         root = Path(config.resume)
-        if (root / "checkpoints").is_dir():
-            root = root / "checkpoints"
         if not root.is_dir():
             raise ValueError(f"--resume {config.resume} is no directory; give a checkpoint, an "
                              f"output directory, auto or none")
-        if root.name.startswith("step_"):
-            read_meta(root)  # raises if it is incomplete
-            return root
-    for directory in sorted(root.glob("step_*")):
+        return newest_checkpoint(root)
+    for directory in sorted(own.glob("step_*")):
         reason = incomplete_reason(directory)
         if reason:
             log.print(f"skipping an incomplete checkpoint: {reason}")
-    found = complete_checkpoints(root)
-    if not found and config.resume != "auto":
-        raise ValueError(f"--resume {config.resume} holds no complete checkpoint "
-                         f"(step_*/meta.json)")
+    found = complete_checkpoints(own)
     return found[-1] if found else None
 
 
@@ -421,13 +632,58 @@ def user_errors(rank: int):
     """One line instead of a traceback for what a user can get wrong before the first step."""
     try:
         yield
-    except ValueError as error:
-        if rank == 0:
-            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(5)  # torchrun ends all ranks with the first: let rank 0 speak
+    except (ValueError, OSError) as error:
+        if rank:  # torchrun ends all ranks with the first: speak only if rank 0 did not
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        print(f"train.py: error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)  # not sys.exit: it would wait for the process group
+
+
+# ----------------------------------------------------------------------------- shared by the modes
+def build_model(config: TrainConfig, vit: ViTConfig, grid: Grid, device):
+    """(the model, its attention kernel, why that one)."""
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    kernel, why = choose_attention(config.attention, vit, grid.tp.size, device, dtype)
+    with device:
+        model = ViT(vit, grid, kernel="flash-attn" if kernel == "flash-attn" else "sdpa",
+                    activation_checkpointing=config.activation_checkpointing,
+                    checkpoint_method=config.checkpoint_method,
+                    checkpoint_num_layers=config.checkpoint_num_layers, seed=config.seed)
+    return model, kernel, why
+
+
+def kernel_context(kernel: str):
+    return contextlib.nullcontext() if kernel == "flash-attn" else sdpa_kernel(BACKENDS[kernel])
+
+
+def autocast(config: TrainConfig, device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def preparer(config: TrainConfig, device: torch.device):
+    """A function: what the loader gives, uint8 [b,3,H,W] and jitter [b,8] if any -> normalised
+    images on the device."""
+    normalize = data.normalize
+    if _use_compile(config, device):
+        normalize = torch.compile(normalize, fullgraph=True, dynamic=False)
+    dtype = torch.bfloat16 if config.precision == "bf16-O2" else torch.float32
+
+    def prepare(images, *jitter):
+        images, *jitter = [x.to(device, non_blocking=True) for x in (images, *jitter)]
+        return normalize(images, config.mean, config.std, dtype, *jitter)
+    return prepare
+
+
+def _use_compile(config: TrainConfig, device: torch.device) -> bool:
+    return device.type == "cuda" if config.compile is None else config.compile
+
+
+def end_processes() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------- main
@@ -437,6 +693,11 @@ def main(argv: list[str] | None = None) -> None:
     # ---- configuration, processes, data: every check that can fail, fails here
     with user_errors(rank):
         config, vit, given = parse_args(argv)
+        if config.checkpoint:
+            weights = read_weights(config.checkpoint, config.init_image_size)
+            config, vit, _ = adopt(weights, config, vit, given)
+        if config.export:
+            return export_mode(config, vit, weights) if rank == 0 else None
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         world = int(os.environ.get("WORLD_SIZE", 1))
         legal_tp = legal_tensor_parallel_sizes(vit)
@@ -445,16 +706,22 @@ def main(argv: list[str] | None = None) -> None:
                 f"--tensor-parallel-size {config.tensor_parallel_size} must divide the "
                 f"{vit.num_attention_heads} heads and the MLP width {vit.ffn_hidden_size}; "
                 f"legal for {config.model}: {', '.join(map(str, legal_tp))}")
-        micro, dp, accumulation = batch = plan_batch(config, world, device_type == "cuda")
+        if not config.checkpoint:
+            micro, dp, accumulation = batch = plan_batch(config, world, device_type == "cuda")
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
             torch.use_deterministic_algorithms(True)
         # A dry run describes WORLD_SIZE processes but needs only this one.
         grid, device = ((Grid(), torch.device(device_type)) if config.dry_run
                         else start_processes(config))
+    if config.checkpoint:
+        mode = eval_mode if config.eval else predict_mode
+        mode(config, vit, weights, grid, device)
+        return end_processes()
+    with user_errors(rank):
         stop, log = StopSignal(grid), Log(grid)
-        train_set, val_set = on_rank_0(grid, lambda: data.open_data(config.data,
-                                                                           vit.image_hw))
+        train_set, val_set = on_rank_0(
+            grid, lambda: data.open_data(config.data, vit.image_hw, config.val_labels))
         classes = train_set.classes
         if "num_classes" in given and vit.num_classes != len(classes):
             raise ValueError(f"--num-classes {vit.num_classes}, but --data {config.data} has "
@@ -465,6 +732,20 @@ def main(argv: list[str] | None = None) -> None:
                              f"than one --global-batch-size {config.global_batch_size}")
         total_steps = config.max_steps or max(
             int(config.epochs * len(train_set)) // config.global_batch_size, 1)
+        resume = None if config.dry_run else on_rank_0(grid, lambda: find_resume(config, log))
+        fitted, news = {}, []
+        if config.init_from and resume:  # its facts are the checkpoint's: the file may be gone
+            config, vit, _ = adopt(read_weights(resume), config, vit, given)
+            news = [f"--init-from {config.init_from} is not read again: the checkpoint goes on"]
+        elif config.init_from:
+            weights = read_weights(config.init_from, config.init_image_size)
+            config, vit, taken = adopt(weights, config, vit, given)
+            fitted, report = fit_weights(weights, vit)
+            news = [f"weights of {config.init_from} ({weights.format}): {'; '.join(report)}",
+                    "with them: " + ", ".join(f"{k} {v}" for k, v in taken.items())]
+        elif config.recipe == "finetune" and resume is None and not config.dry_run:
+            raise ValueError("--recipe finetune needs --init-from WEIGHTS: a checkpoint or output "
+                             "directory of this program, or a file of another library")
         if config.dry_run:
             if rank == 0:
                 dry_run(config, vit, train_set, val_set, total_steps, batch, device)
@@ -478,29 +759,23 @@ def main(argv: list[str] | None = None) -> None:
                 importlib.import_module("torch.utils.tensorboard")
             except Exception as e:
                 raise ValueError(f"--tensorboard needs `pip install tensorboard`: {e}") from e
-        resume = on_rank_0(grid, lambda: find_resume(config, log))
         if resume is not None:
             check_same_model(resume, read_meta(resume), config, vit, classes)
 
         # ---- model and optimizer
-        o2 = config.precision == "bf16-O2"
-        dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-        kernel, why = choose_attention(config.attention, vit, grid.tp.size, device, dtype)
-        with device:
-            model = ViT(vit, grid, kernel="flash-attn" if kernel == "flash-attn" else "sdpa",
-                        activation_checkpointing=config.activation_checkpointing,
-                        checkpoint_method=config.checkpoint_method,
-                        checkpoint_num_layers=config.checkpoint_num_layers, seed=config.seed)
+        model, kernel, why = build_model(config, vit, grid, device)
+        load_weights(model, fitted)
+        fitted = weights = None  # gives the memory back
         optimizer = ShardedOptimizer(
             model, grid, optimizer=config.optimizer, weight_decay=config.weight_decay,
-            weight_dtype=torch.bfloat16 if o2 else torch.float32,
+            weight_dtype=torch.bfloat16 if config.precision == "bf16-O2" else torch.float32,
             betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
             momentum=config.momentum, clip_grad=config.clip_grad)
         start_step, images_seen = 0, 0
         if resume is not None:
             meta = load_checkpoint(resume, optimizer)
             start_step, images_seen = meta["step"], meta["images_seen"]
-    use_compile = device.type == "cuda" if config.compile is None else config.compile
+    use_compile = _use_compile(config, device)
     if use_compile:
         compile_blocks(model)
 
@@ -522,6 +797,8 @@ def main(argv: list[str] | None = None) -> None:
                   f"peak --lr {config.lr} is not reached")
     log.print(f"resuming from {resume}: step {start_step:,}, image {images_seen:,}"
               if resume else "starting fresh: no checkpoint to resume from")
+    for line in news:
+        log.print(line)
 
     # ---- the loop's parts
     local_batch = micro // grid.tp.size
@@ -531,18 +808,7 @@ def main(argv: list[str] | None = None) -> None:
     val_loader = data.eval_loader(val_set, config, vit.image_hw, local_batch,
                                          grid.world.rank, grid.world.size, device)
     unreadable = data.Unreadable(train_set, config.max_unreadable)
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16,
-                                 enabled=config.precision == "bf16")
-
-    normalize = data.normalize
-    if use_compile:
-        normalize = torch.compile(normalize, fullgraph=True, dynamic=False)
-
-    def prepare(images, *jitter):
-        """What the loader gives, uint8 [b,3,H,W] and jitter [b,8] if any -> the model's input."""
-        images, *jitter = [x.to(device, non_blocking=True) for x in (images, *jitter)]
-        return normalize(images, config.mean, config.std,
-                         torch.bfloat16 if o2 else torch.float32, *jitter)
+    prepare = preparer(config, device)
 
     def save(step: int) -> Path:
         meta = dict(images_seen=images_seen + (step - start_step) * config.global_batch_size,
@@ -552,15 +818,11 @@ def main(argv: list[str] | None = None) -> None:
                                config.keep_last)
 
     def score(step: int) -> dict | None:
-        with autocast():
+        with autocast(config, device):
             result = evaluate(model, val_loader, prepare, stop, grid, device)
         if result is not None:
+            result = report_scores(log, result, val_set, f"step {step}: ")
             log.metrics({"step": step, **result})
-            skipped = result["val_unreadable"]
-            log.print(f"step {step}: validation top-1 {100 * result['val_top1']:.2f} %, top-5 "
-                      f"{100 * result['val_top5']:.2f} %, loss {result['val_loss']:.4f} on "
-                      f"{result['val_count']:,} images"
-                      + (f" ({skipped} unreadable)" if skipped else ""))
         return result
 
     readback, bad_steps, peak = Readback(), 0, peak_flops(device)
@@ -610,9 +872,7 @@ def main(argv: list[str] | None = None) -> None:
     model.train()
     batches, inflight = iter(train_loader), collections.deque()
     step, result, saved, stopped, bad = start_step, None, None, False, set()
-    attention = (contextlib.nullcontext() if kernel == "flash-attn"
-                 else sdpa_kernel(BACKENDS[kernel]))
-    with attention:
+    with kernel_context(kernel):
         while step < total_steps and not stopped:
             # Dropout of a step depends on (seed, step, rank) only: nothing to save for a resume.
             torch.manual_seed(stable_seed(config.seed, "dropout", step, grid.world.rank))
@@ -632,7 +892,7 @@ def main(argv: list[str] | None = None) -> None:
                 bad |= data.unreadable_in(labels, indices) - unreadable.indices
                 valid = (labels >= 0).sum().to(device, non_blocking=True)
                 labels = labels.to(device, non_blocking=True)
-                with autocast():
+                with autocast(config, device):
                     logits = model(prepare(images, *jitter)).float()
                 loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
                 # A sum over the images of all ranks and micro-batches / the global batch.
@@ -677,9 +937,7 @@ def main(argv: list[str] | None = None) -> None:
         log.print(f"done: top-1 {100 * result['val_top1']:.2f} % on {result['val_count']:,} images"
                   + (f", {rate:,.0f} images/s" if rate else "")
                   + f", checkpoint {saved or resume}")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    end_processes()
 
 
 def _limit_inflight(inflight, device: torch.device) -> None:
@@ -699,6 +957,7 @@ def run() -> None:
     """main() as a program: a failing rank prints its own traceback and leaves at once, where a
     normal exit would wait for the other ranks; torchrun then ends those and repeats the traceback.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     try:
         record(main)()
     except Exception:
