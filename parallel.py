@@ -25,6 +25,7 @@ t = tp size, N = size of the group that shares a bucket; `_local` and `/t` mark 
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,27 @@ def full_shape(param: nn.Parameter, tp: Axis) -> list[int]:
     return shape
 
 
+class BiasGradient(torch.autograd.Function):
+    """The gradient of a bias that y [b, S, F] already contains: y as a function of that bias.
+
+        forward    y     = y
+        backward   dbias = sum over images of (sum over tokens of dy), in fp32
+
+    F.linear's own bias gradient reads the finished dy once more. Summed per image first, the
+    compiler makes the sum part of the pass that writes dy (GELU's backward, joining dq, dk, dv):
+    0.48 ms instead of 0.60 for L/16's GELU at 248 images on an H100.
+    """
+
+    @staticmethod
+    def forward(ctx, y, bias):
+        ctx.dtype = bias.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, dy.sum(1, dtype=torch.float32).sum(0).to(ctx.dtype)
+
+
 class ColumnParallelLinear(nn.Module):
     """y = x W^T + b with the output features split over tp; F.linear when tp is 1.
 
@@ -185,10 +207,12 @@ class ColumnParallelLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features // tp.size))
         self.weight.tp_split = self.bias.tp_split = Split(0, parts)
 
-    def forward(self, x):
+    def forward(self, x, bias_gradient: bool = True):
+        """bias_gradient=False leaves the bias's gradient to the operation that takes y."""
         if self.tp.size > 1:
             x = GatherImages.apply(x, self.tp.group)  # [b,S,D] -> [t*b,S,D]
-        return F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.weight, self.bias.detach())
+        return BiasGradient.apply(y, self.bias) if bias_gradient else y
 
 
 class RowParallelLinear(nn.Module):
@@ -263,6 +287,7 @@ class Bucket:
         mine = slice(self.begin, self.end)
         self.master = full[mine] if weight_dtype == torch.float32 else full[mine].clone()
         self.grad_mine = self.grad[mine]
+        self.grad_views = [self.view(self.grad, name) for name in self.params]
         self.state = {name: torch.zeros_like(self.master) for name in state_names}
         for name, param in self.params.items():
             param.data = self.view(self.weight, name)
@@ -324,9 +349,9 @@ class ShardedOptimizer:
     """ZeRO-1 (arXiv:1910.02054) around torch.optim's fused AdamW or SGD.
 
     The protocol of one step, on every rank:
-      1. backward, each micro-batch: a weight's gradient is added to its fp32 `grad` as soon as
-         autograd has it. In the last micro-batch (`sync = True`) the bucket that has all of its
-         gradients is reduce-scattered while backward goes on with the block before it.
+      1. backward, each micro-batch: as soon as autograd has all gradients of a bucket they are
+         added to its fp32 `grad`. In the last micro-batch (`sync = True`) the bucket is then
+         reduce-scattered while backward goes on with the block before it.
       2. after the reduce-scatter each gradient element lives complete on exactly one rank, so the
          global norm is one sum over the world and cannot count a weight twice.
       3. the fused kernel clips (`grad_scale`), updates this rank's slice of the fp32 masters and
@@ -352,9 +377,10 @@ class ShardedOptimizer:
         for bucket in self.buckets:
             bucket.materialize(weight_dtype, self.state_names)
             for param in bucket.params.values():
+                # Weak: autograd's own reference to the hook is invisible to the garbage collector.
                 param.register_post_accumulate_grad_hook(
-                    lambda param, bucket=bucket, name=_name_of(bucket, param):
-                        self._add_gradient(bucket, name, param))
+                    lambda param, ref=weakref.ref(self), bucket=weakref.ref(bucket):
+                        ref()._gradient_is_there(bucket()))
         for module, unit in zip(model.unit_modules(), self.units, strict=True):
             module.register_forward_pre_hook(
                 lambda module, args, unit=unit: [bucket.wait() for bucket in unit] and None)
@@ -380,18 +406,21 @@ class ShardedOptimizer:
         # for found_inf with uninitialised momentum.
         self.optimizer.state.update(states)
 
-    def _add_gradient(self, bucket: Bucket, name: str, param: nn.Parameter) -> None:
-        total = bucket.view(bucket.grad, name)
-        if self.fresh:
-            total.copy_(param.grad)  # the first micro-batch overwrites, which saves zeroing
-        else:
-            total.add_(param.grad)
-        param.grad = None
+    def _gradient_is_there(self, bucket: Bucket) -> None:
+        """Counts a bucket's gradients; with the last one, adds them all to `grad` in one kernel."""
         bucket.missing -= 1
-        if bucket.missing == 0:
-            bucket.missing = len(bucket.params)
-            if self.sync:
-                bucket.reduce_scatter_grad()
+        if bucket.missing:
+            return
+        bucket.missing = len(bucket.params)
+        grads = [param.grad for param in bucket.params.values()]
+        if self.fresh:
+            torch._foreach_copy_(bucket.grad_views, grads)  # saves zeroing them
+        else:
+            torch._foreach_add_(bucket.grad_views, grads)
+        for param in bucket.params.values():
+            param.grad = None
+        if self.sync:
+            bucket.reduce_scatter_grad()
 
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
         """Backward of one micro-batch; `last` starts the reduction of the summed gradients."""
@@ -462,10 +491,6 @@ class ShardedOptimizer:
         names = [n for b in self.buckets for n in b.params]
         split = [uses_weight_decay(n, p) for b in self.buckets for n, p in b.params.items()]
         return ([n for n, d in zip(names, split) if d], [n for n, d in zip(names, split) if not d])
-
-
-def _name_of(bucket: Bucket, param: nn.Parameter) -> str:
-    return next(name for name, other in bucket.params.items() if other is param)
 
 
 # ----------------------------------------------------------------------------- checkpoints
