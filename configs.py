@@ -185,8 +185,9 @@ class TrainConfig:
     tensor_parallel_size: int = flag(1, "ranks that share one model replica")
     precision: Literal["fp32", "bf16", "bf16-O2"] = flag(
         "bf16-O2", "bf16: autocast over fp32 weights; bf16-O2: bf16 weights, fp32 masters")
-    attention: Literal["auto", "cudnn", "flash", "efficient", "math", "flash-attn"] = flag(
-        "auto", "attention kernel; auto: cudnn, then flash, efficient, math, the first that can")
+    attention: Literal["auto", "triton", "cudnn", "flash", "efficient", "math",
+                       "flash-attn"] = flag(
+        "auto", "attention kernel; auto: the first that runs of this list, flash-attn left out")
     compile: bool | None = flag(None, "torch.compile the blocks (default: on CUDA)")
     activation_checkpointing: Literal["none", "selective", "full"] = flag(
         "none", "selective: keep matrix products and attention; full: keep block inputs only")

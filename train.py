@@ -476,17 +476,17 @@ def activation_bytes(vit: ViTConfig, config: TrainConfig, images: int) -> int:
 
     Per token of a block, in elements of the activations' dtype: the two norms' inputs 2D and
     outputs, gathered over tp, 2tD; q, k, v and attention's output 4D; the MLP's hidden layer before
-    and after GELU 2F; a byte for each of two dropout masks. Selective keeps the block's input, qkv,
-    attention's output, fc1's and one row layer's output, 6D + F. Full keeps block inputs and, while
-    backward is in a recomputed run of blocks, that run's own activations.
+    and after GELU 2F; a byte for each of two dropout masks. Selective keeps the block's inputs x
+    and y, qkv, attention's output, proj's and fc1's, 7D + F. Full keeps x and y and, while backward
+    is in a recomputed run of blocks, that run's own activations.
     """
     d, f, t = vit.hidden_size, vit.ffn_hidden_size, config.tensor_parallel_size
     element = 4 if config.precision == "fp32" else 2
     masks = 2 * d if vit.hidden_dropout else 0
     block = element * (6 * d + 2 * t * d + 2 * f) + masks
     if config.activation_checkpointing == "selective":
-        block = element * (6 * d + f)
-    entry = element * d
+        block = element * (7 * d + f)
+    entry = 2 * element * d
     layers, n = vit.num_layers, config.checkpoint_num_layers
     if config.activation_checkpointing != "full":
         total = layers * block
@@ -647,7 +647,7 @@ def build_model(config: TrainConfig, vit: ViTConfig, grid: Grid, device):
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     kernel, why = choose_attention(config.attention, vit, grid.tp.size, device, dtype)
     with device:
-        model = ViT(vit, grid, kernel="flash-attn" if kernel == "flash-attn" else "sdpa",
+        model = ViT(vit, grid, kernel="sdpa" if kernel in BACKENDS else kernel,
                     activation_checkpointing=config.activation_checkpointing,
                     checkpoint_method=config.checkpoint_method,
                     checkpoint_num_layers=config.checkpoint_num_layers, seed=config.seed)
@@ -655,7 +655,7 @@ def build_model(config: TrainConfig, vit: ViTConfig, grid: Grid, device):
 
 
 def kernel_context(kernel: str):
-    return contextlib.nullcontext() if kernel == "flash-attn" else sdpa_kernel(BACKENDS[kernel])
+    return sdpa_kernel(BACKENDS[kernel]) if kernel in BACKENDS else contextlib.nullcontext()
 
 
 def autocast(config: TrainConfig, device: torch.device):
