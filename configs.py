@@ -232,6 +232,10 @@ class TrainConfig:
         None, "image size of those weights, where they do not tell and are not square")
     # modes
     dry_run: bool = flag(False, "print sizes, memory, schedule and legal layouts, then exit")
+    benchmark: int | None = flag(None, "time this many steps on random images, print a row, exit")
+    benchmark_data: str | None = flag(
+        None, "--benchmark: also the loader on this folder (or 'shapes'), alone and with the steps")
+    profile: bool = flag(False, "--benchmark: a trace in --output-dir, and where the time goes")
     checkpoint: str | None = flag(None, "weights of --eval, --predict, --export; as --init-from")
     eval: bool = flag(False, "score --checkpoint on DATA/val, then exit")
     val_labels: str | None = flag(
@@ -247,7 +251,7 @@ class TrainConfig:
         _check_choices(self)
         for name in ("epochs", "max_steps", "global_batch_size", "micro_batch_size", "adam_eps",
                      "tensor_parallel_size", "checkpoint_num_layers", "prefetch_factor",
-                     "crop_scale", "crop_ratio", "log_interval"):
+                     "crop_scale", "crop_ratio", "log_interval", "benchmark"):
             _check_positive(self, name)
         for name in ("seed", "lr", "min_lr", "warmup_steps", "weight_decay", "clip_grad",
                      "momentum", "max_unreadable", "num_workers", "eval_interval",
@@ -301,6 +305,10 @@ _FORWARD = _MODEL | {"crop_ratio", "micro_batch_size", "tensor_parallel_size", "
                      "pin_memory"}
 MODES = {"eval": _FORWARD | {"data", "val_labels"}, "predict": _FORWARD | {"output_dir"},
          "export": _MODEL | {"format", "crop_ratio"}}
+# What --benchmark does not obey.
+BESIDE_BENCHMARK = {"data", "epochs", "max_steps", "max_unreadable", "crop_ratio", "log_interval",
+                    "eval_interval", "save_interval", "keep_last", "tensorboard", "resume",
+                    "init_from", "num_classes"}
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -356,9 +364,15 @@ def parse_args(argv: list[str] | None = None) -> tuple[TrainConfig, ViTConfig, d
 def _check_modes(given: dict) -> None:
     if "val_labels" in given and given.get("data", "shapes") == "shapes":
         raise ValueError("--val-labels has no effect with --data shapes; give a folder")
-    modes = [mode for mode in (*MODES, "dry_run") if given.get(mode)]
+    modes = [mode for mode in (*MODES, "dry_run", "benchmark") if given.get(mode)]
     if len(modes) > 1:
         raise ValueError(f"{' and '.join(map(_flag, modes))} contradict each other; give one")
+    if modes == ["benchmark"] and (odd := sorted(set(given) & BESIDE_BENCHMARK)):
+        raise ValueError(f"{_flag(odd[0])} has no effect with --benchmark; neither have "
+                         f"{', '.join(map(_flag, sorted(BESIDE_BENCHMARK - {odd[0]})))}")
+    for name in ("benchmark_data", "profile"):
+        if given.get(name) and modes != ["benchmark"]:
+            raise ValueError(f"{_flag(name)} needs --benchmark N")
     mode = modes[0] if modes and modes[0] in MODES else None
     if mode is None:
         alone = [name for name in ("checkpoint", "format") if name in given]
@@ -422,6 +436,11 @@ def legal_tensor_parallel_sizes(vit: ViTConfig) -> list[int]:
     return [t for t in divisors(vit.num_attention_heads) if vit.ffn_hidden_size % t == 0]
 
 
+def largest_micro_batch(config: TrainConfig, on_gpu: bool) -> int:
+    """The micro-batch that is not exceeded unless --micro-batch-size asks for it."""
+    return (MICRO_BATCH.get(config.model, 256) if on_gpu else 64) * config.tensor_parallel_size
+
+
 def plan_batch(config: TrainConfig, world: int, on_gpu: bool) -> tuple[int, int, int]:
     """Splits the global batch: global = micro x dp x accumulation, with dp = world / tp.
 
@@ -442,8 +461,8 @@ def plan_batch(config: TrainConfig, world: int, on_gpu: bool) -> tuple[int, int,
     legal = [m for m in divisors(total // dp) if m % tp == 0]
     micro = config.micro_batch_size
     if micro is None:
-        most = MICRO_BATCH.get(config.model, 256) if on_gpu else 64
-        micro = max([m for m in legal if m <= most * tp], default=legal[0])
+        most = largest_micro_batch(config, on_gpu)
+        micro = max([m for m in legal if m <= most], default=legal[0])
     if micro % tp:
         near = sorted({m for m in (micro // tp * tp, micro // tp * tp + tp) if m})
         raise ValueError(f"--micro-batch-size {micro} must be divisible by --tensor-parallel-size "

@@ -1749,6 +1749,8 @@ BAD_INPUT = [
     (1, ["--momentum", "0.5"], "it needs --optimizer sgd"),
     (1, ["--epochs", "3"], "--epochs and --max-steps contradict each other"),
     (1, ["--attention", "triton"], "it needs Triton, CUDA and bf16. Legal here: auto, flash, math"),
+    (1, ["--profile"], "--profile needs --benchmark N"),
+    (1, ["--benchmark", "2"], "--data has no effect with --benchmark"),
 ]
 
 
@@ -1781,6 +1783,28 @@ def test_a_checkpoint_of_another_model_or_data_is_refused(tmp_path):
                            (["--resume", "none"], "would mix a new run")]:
         _, codes, outputs = run_training(tmp_path, "--max-steps", 2, *flags, check=False)
         assert codes == [2] and message in outputs[0], outputs[0]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_benchmark_prints_a_row_the_loaders_rate_and_a_profile(tp, tmp_path):
+    """Two real steps without data or checkpoint: the row, the loader beside it, the shares of a
+    step, which add up to it, and a trace; with tp 2 communication is in the shares."""
+    argv = ["--benchmark", "2", "--micro-batch-size", "8", "--augmentation", "nemo", "--profile",
+            "--benchmark-data", "shapes", "--tensor-parallel-size", str(tp),
+            "--output-dir", str(tmp_path)]
+    _, _, outputs = run_ranks(tp, train.main, argv)
+    names, row = (line.split("  ") for line in outputs[0].splitlines() if "x 1  " in line
+                  or line.startswith("model"))
+    cells = dict(zip([x.strip() for x in names if x], [x.strip() for x in row if x], strict=True))
+    assert (cells["model"], cells["tp x dp"], cells["micro-batch"]) == ("demo", f"{tp} x 1", "8")
+    each, total = (float(cells[name].replace(",", "")) for name in ("images/s per GPU", "in all"))
+    assert total == pytest.approx(each * tp, abs=0.1 * tp) and total > 0
+    shares = dict(re.findall(r"^  (\w[\w, ]+?) +[\d.]+ ms +([\d.]+) %", outputs[0], re.M))
+    assert len(shares) == 7 and sum(map(float, shares.values())) == pytest.approx(100, abs=1)
+    assert (float(shares["communication"]) > 0) == (tp > 1)
+    assert re.search(r"shapes with 0 workers .* loader alone [\d,.]+ images/s", outputs[0])
+    assert len(list(tmp_path.glob("profile/rank_*.json.gz"))) == tp
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_dry_run_prints_the_plan_and_trains_nothing(tmp_path):

@@ -6,6 +6,7 @@
     torchrun --standalone --nproc_per_node 8 train.py --data DIR --model G14 \\
         --tensor-parallel-size 2 --activation-checkpointing full --checkpoint-method block
     WORLD_SIZE=8 python train.py --data DIR --model g14 --dry-run   # sizes, memory, schedule
+    python train.py --model L16 --benchmark 50                      # the time of a step
     torchrun --standalone --nproc_per_node 8 train.py --data DIR --model B16 --recipe finetune \\
         --init-from WEIGHTS                                         # fine-tune
     python train.py --eval --checkpoint output --data DIR           # score DIR/val
@@ -29,6 +30,7 @@ import csv
 import dataclasses
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -49,11 +51,11 @@ from tqdm import tqdm
 
 import data
 from configs import (
-    MICRO_BATCH,
     MODELS,
     TrainConfig,
     ViTConfig,
     divisors,
+    largest_micro_batch,
     legal_tensor_parallel_sizes,
     parse_args,
     plan_batch,
@@ -185,6 +187,26 @@ class Readback:
                 event.synchronize()
                 when = time.perf_counter()
             yield step, values.tolist(), when
+
+
+class Upload:
+    """Host tensors to the device on a stream of their own, beside the computation that is running:
+    the copy of 496 images takes 2 ms, a step of B/16 with them 131."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        if self.stream is None:
+            return [x.to(self.device) for x in tensors]
+        with torch.cuda.stream(self.stream):
+            copies = [x.to(self.device, non_blocking=True) for x in tensors]
+        current = torch.cuda.current_stream()
+        current.wait_stream(self.stream)
+        for x in copies:
+            x.record_stream(current)  # else its memory could be given away before it was read
+        return copies
 
 
 # ----------------------------------------------------------------------------- logs
@@ -338,8 +360,7 @@ def adopt(weights: Weights, config: TrainConfig, vit: ViTConfig,
 def open_model(config: TrainConfig, vit: ViTConfig, weights: Weights, grid: Grid, device, log: Log):
     """A model ready for --eval and --predict, its images per rank and batch, and its contexts."""
     tp = config.tensor_parallel_size
-    micro = config.micro_batch_size or tp * (
-        MICRO_BATCH.get(config.model, 256) if device.type == "cuda" else 64)
+    micro = config.micro_batch_size or largest_micro_batch(config, device.type == "cuda")
     if micro % tp:
         raise ValueError(f"--micro-batch-size {micro} must be divisible by --tensor-parallel-size "
                          f"{tp}; nearest: {micro // tp * tp or tp}, {micro // tp * tp + tp}")
@@ -654,6 +675,14 @@ def build_model(config: TrainConfig, vit: ViTConfig, grid: Grid, device):
     return model, kernel, why
 
 
+def build_optimizer(config: TrainConfig, model: ViT, grid: Grid) -> ShardedOptimizer:
+    return ShardedOptimizer(
+        model, grid, optimizer=config.optimizer, weight_decay=config.weight_decay,
+        weight_dtype=torch.bfloat16 if config.precision == "bf16-O2" else torch.float32,
+        betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
+        momentum=config.momentum, clip_grad=config.clip_grad)
+
+
 def kernel_context(kernel: str):
     return sdpa_kernel(BACKENDS[kernel]) if kernel in BACKENDS else contextlib.nullcontext()
 
@@ -665,15 +694,31 @@ def autocast(config: TrainConfig, device: torch.device):
 def preparer(config: TrainConfig, device: torch.device):
     """A function: what the loader gives, uint8 [b,3,H,W] and jitter [b,8] if any -> normalised
     images on the device."""
-    normalize = data.normalize
+    upload, normalize = Upload(device), data.normalize
     if _use_compile(config, device):
         normalize = torch.compile(normalize, fullgraph=True, dynamic=False)
     dtype = torch.bfloat16 if config.precision == "bf16-O2" else torch.float32
 
     def prepare(images, *jitter):
-        images, *jitter = [x.to(device, non_blocking=True) for x in (images, *jitter)]
+        images, *jitter = upload(images, *jitter)
         return normalize(images, config.mean, config.std, dtype, *jitter)
     return prepare
+
+
+def forward_backward(model, optimizer, prepare, config: TrainConfig, batch, last: bool):
+    """One micro-batch of (images, labels, jitter). Returns [loss sum, correct, images] on the
+    device; the last one of a step starts the reduction of the gradients."""
+    images, labels, *jitter = batch
+    images = prepare(images, *jitter)
+    labels = labels.to(images.device, non_blocking=True)
+    with autocast(config, images.device):
+        logits = model(images).float()
+    loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+    # A sum over the images of all ranks and micro-batches / the global batch.
+    optimizer.backward(loss / config.global_batch_size, last)
+    with torch.no_grad():
+        correct = (logits.argmax(1) == labels).sum()
+        return torch.stack([loss.detach(), correct, (labels >= 0).sum()])
 
 
 def _use_compile(config: TrainConfig, device: torch.device) -> bool:
@@ -684,6 +729,163 @@ def end_processes() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------- --benchmark
+WARM_UP = 5  # steps before any is timed: they compile, and fill caches and the allocator
+
+
+def benchmark(config: TrainConfig, vit: ViTConfig, batch: tuple, grid: Grid, device) -> None:
+    """--benchmark N: the time of N training steps, as training makes them, on random images.
+
+    Images are uint8 in pinned host memory and go through the jitter of --augmentation; every step
+    ends with the optimizer and its communication. Prints one row; --benchmark-data adds the rate of
+    the loader alone and of the steps that it feeds, --profile where the time of a step goes.
+    """
+    micro, dp, accumulation = batch
+    log, local_batch = Log(grid), micro // grid.tp.size
+    with user_errors(grid.world.rank):
+        source = config.benchmark_data and on_rank_0(
+            grid, lambda: data.open_data(config.benchmark_data, vit.image_hw))[0]
+        vit = dataclasses.replace(vit, num_classes=len(source.classes)) if source else vit
+        model, kernel, _ = build_model(config, vit, grid, device)
+        optimizer = build_optimizer(config, model, grid)
+        if _use_compile(config, device):
+            compile_blocks(model)
+    prepare, model = preparer(config, device), model.train()
+
+    def random_batches():
+        shape = (2, local_batch)  # two batches, in turn
+        host = [torch.randint(0, 256, (*shape, 3, *vit.image_hw), dtype=torch.uint8),
+                torch.randint(0, vit.num_classes, shape)]
+        if config.augmentation == "nemo":
+            host.append(torch.stack([data.draw_jitter() for _ in range(2 * local_batch)])
+                        .view(*shape, -1))
+        pinned = [x.pin_memory() if device.type == "cuda" else x for x in host]
+        return itertools.cycle(zip(*pinned))
+
+    def train_steps(batches, count: int) -> list[float]:
+        """Seconds of each of `count` steps."""
+        inflight, marks = collections.deque(), []
+        for step in range(count + 1):
+            marks.append(torch.cuda.Event(enable_timing=True) if device.type == "cuda"
+                         else time.perf_counter())
+            if device.type == "cuda":
+                marks[-1].record()
+            if step == count:
+                break
+            for i in range(accumulation):
+                forward_backward(model, optimizer, prepare, config, next(batches),
+                                 last=i == accumulation - 1)
+                _limit_inflight(inflight, device)
+            optimizer.step(learning_rate(step, config, config.warmup_steps + count))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]
+        return [b - a for a, b in itertools.pairwise(marks)]
+
+    with kernel_context(kernel):
+        batches = random_batches()
+        train_steps(batches, WARM_UP)
+        times = sorted(train_steps(batches, config.benchmark))
+        median, total = times[len(times) // 2], config.global_batch_size
+        rate = total / median
+        flops = rate * 3 * vit.flops_per_image / grid.world.size
+        peak = peak_flops(device)
+        planned = sum(memory_plan(vit, config, grid.tp.size, dp, micro).values()) / 2**30
+        log.print(f"torch {torch.__version__}, {grid.world.size} x {_device_name(device)}, "
+                  f"dropout {vit.hidden_dropout}, {'' if _use_compile(config, device) else 'not '}"
+                  f"compiled, checkpointing {config.activation_checkpointing}")
+        row = {"model": config.model, "tp x dp": f"{grid.tp.size} x {dp}", "micro-batch": micro,
+               "accumulation": accumulation, "precision": config.precision, "attention": kernel,
+               "ms (min-max)": f"{1e3 * median:.1f} ({1e3 * times[0]:.1f}-{1e3 * times[-1]:.1f})",
+               "images/s per GPU": f"{rate / grid.world.size:,.1f}", "in all": f"{rate:,.1f}",
+               "TFLOP/s": f"{flops / 1e12:.3g}",
+               "MFU": f"{100 * flops / peak:.1f} %" if peak else "-",
+               "GiB (planned)": f"{memory_gib(device):.3g} ({planned:.3g})"}
+        width = [max(len(name), len(str(value))) for name, value in row.items()]
+        for cells in (row, row.values()):
+            log.print("  ".join(f"{cell:>{w}}" for cell, w in zip(cells, width, strict=True)))
+        if config.profile:
+            profile(lambda: train_steps(batches, 3), 3, config, log, grid, device)
+        if source:
+            loader_rate(source, config, vit, local_batch, grid, device, log, train_steps, rate)
+
+
+def loader_rate(source, config: TrainConfig, vit: ViTConfig, local_batch: int, grid: Grid, device,
+                log: Log, train_steps, rate: float) -> None:
+    """--benchmark-data: the loader's own rate, and that of N steps with it beside `rate`."""
+    rounds = max(config.num_workers, 1)  # batches come in bursts, one from each worker
+    alone = math.ceil(10 / rounds) * rounds
+    steps = math.ceil((2 * rounds + alone) * local_batch * grid.world.size
+                      / config.global_batch_size) + WARM_UP + config.benchmark
+
+    def batches():
+        loader = data.train_loader(source, config, vit.image_hw, local_batch, grid.world.rank,
+                                   grid.world.size, 0, steps, device)
+        return ((images, labels, *jitter) for images, labels, _, *jitter in loader)
+
+    stream = batches()
+    for _ in range(2 * rounds):
+        next(stream)
+    start = time.perf_counter()
+    for _ in range(alone):
+        next(stream)
+    loader = alone * local_batch * grid.world.size / (time.perf_counter() - start)
+    stream = batches()
+    train_steps(stream, WARM_UP)
+    together = config.benchmark * config.global_batch_size / sum(
+        train_steps(stream, config.benchmark))
+    log.print(f"{config.benchmark_data} with {config.num_workers} workers a process, augmentation "
+              f"{config.augmentation}: loader alone {loader:,.1f} images/s, steps with it "
+              f"{together:,.1f} ({100 * together / rate:.1f} % of those without)")
+
+
+CATEGORIES = {  # by the names of kernels, first match; the rest is elementwise
+    "communication": ("nccl", "c10d", "gloo", "symm_mem", "multimem"),
+    "attention": ("fmha", "flash", "attention", "_short_backward", "dot_do_o", "convert_dq"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "splitk", "aten::mm", "aten::addmm"),
+    "optimizer": ("multi_tensor_apply", "fused_adam", "fused_sgd", "_foreach"),
+    "copies": ("memcpy", "memset", "copy_"),
+}
+
+
+def profile(run, steps: int, config: TrainConfig, log: Log, grid: Grid, device) -> None:
+    """--profile: a trace for chrome://tracing or Perfetto, and where the time of a step goes."""
+    cuda = device.type == "cuda"
+    with torch.profiler.profile() as profiler:
+        seconds = sum(run())
+    folder = Path(config.output_dir) / "profile"
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / f"rank_{grid.world.rank:05d}.json.gz"))
+    spans, at = [], 0.0  # (begin, end, category) in microseconds
+    for event in profiler.events():
+        name = event.name.lower()
+        kind = next((kind for kind, keys in CATEGORIES.items()
+                     if any(key in name for key in keys)), "elementwise, norms")
+        if not cuda:  # operators nest: their own times, end to end
+            spans.append((at, at := at + event.self_cpu_time_total, kind))
+        elif event.device_type == torch.autograd.DeviceType.CUDA:
+            spans.append((event.time_range.start, event.time_range.end, kind))
+    busy = _covered(spans)
+    exposed = busy - _covered([span for span in spans if span[2] != "communication"])
+    log.print(f"of {1e3 * seconds / steps:.1f} ms a step, profiled (traces in {folder}):")
+    times = {kind: sum(end - begin for begin, end, k in spans if k == kind)
+             for kind in (*CATEGORIES, "elementwise, norms")}
+    for kind, time_us in {**times, "idle": 1e6 * seconds - busy}.items():
+        note = (f"  ({exposed / steps / 1e3:.1f} not hidden)"
+                if kind == "communication" and time_us else "")
+        log.print(f"  {kind:20s} {time_us / steps / 1e3:8.1f} ms "
+                  f"{time_us / seconds / 1e4:5.1f} %{note}")
+
+
+def _covered(spans) -> float:
+    """The length of the union of spans (begin, end, ...)."""
+    total, last = 0.0, -math.inf
+    for begin, end, *_ in sorted(spans):
+        total += max(0.0, end - max(begin, last))
+        last = max(last, end)
+    return total
 
 
 # ----------------------------------------------------------------------------- main
@@ -706,6 +908,10 @@ def main(argv: list[str] | None = None) -> None:
                 f"--tensor-parallel-size {config.tensor_parallel_size} must divide the "
                 f"{vit.num_attention_heads} heads and the MLP width {vit.ffn_hidden_size}; "
                 f"legal for {config.model}: {', '.join(map(str, legal_tp))}")
+        if config.benchmark and "global_batch_size" not in given:  # one micro-batch a step
+            micro = config.micro_batch_size or largest_micro_batch(config, device_type == "cuda")
+            config = dataclasses.replace(config, global_batch_size=micro * max(
+                world // config.tensor_parallel_size, 1))
         if not config.checkpoint:
             micro, dp, accumulation = batch = plan_batch(config, world, device_type == "cuda")
         if config.deterministic:
@@ -717,6 +923,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.checkpoint:
         mode = eval_mode if config.eval else predict_mode
         mode(config, vit, weights, grid, device)
+        return end_processes()
+    if config.benchmark:
+        benchmark(config, vit, batch, grid, device)
         return end_processes()
     with user_errors(rank):
         stop, log = StopSignal(grid), Log(grid)
@@ -766,11 +975,7 @@ def main(argv: list[str] | None = None) -> None:
         model, kernel, why = build_model(config, vit, grid, device)
         load_weights(model, fitted)
         fitted = weights = None  # gives the memory back
-        optimizer = ShardedOptimizer(
-            model, grid, optimizer=config.optimizer, weight_decay=config.weight_decay,
-            weight_dtype=torch.bfloat16 if config.precision == "bf16-O2" else torch.float32,
-            betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
-            momentum=config.momentum, clip_grad=config.clip_grad)
+        optimizer = build_optimizer(config, model, grid)
         start_step, images_seen = 0, 0
         if resume is not None:
             meta = load_checkpoint(resume, optimizer)
@@ -877,7 +1082,7 @@ def main(argv: list[str] | None = None) -> None:
             # Dropout of a step depends on (seed, step, rank) only: nothing to save for a resume.
             torch.manual_seed(stable_seed(config.seed, "dropout", step, grid.world.rank))
             sums = torch.zeros(3, device=device)  # loss, correct, images
-            for micro_step in range(accumulation):
+            for i in range(accumulation):
                 stopped, news = stop.poll(len(bad))
                 if news:
                     all_bad = set().union(*all_gather_object(bad, grid))
@@ -890,17 +1095,9 @@ def main(argv: list[str] | None = None) -> None:
                 images, labels, indices, *jitter = next(batches)
                 clock["wait"] += time.perf_counter() - waited
                 bad |= data.unreadable_in(labels, indices) - unreadable.indices
-                valid = (labels >= 0).sum().to(device, non_blocking=True)
-                labels = labels.to(device, non_blocking=True)
-                with autocast(config, device):
-                    logits = model(prepare(images, *jitter)).float()
-                loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
-                # A sum over the images of all ranks and micro-batches / the global batch.
-                optimizer.backward(loss / config.global_batch_size,
-                                   last=micro_step == accumulation - 1)
-                with torch.no_grad():
-                    correct = (logits.argmax(1) == labels).sum()
-                    sums += torch.stack([loss.detach(), correct, valid])
+                batch = images, labels, *jitter
+                sums += forward_backward(model, optimizer, prepare, config, batch,
+                                         last=i == accumulation - 1)
                 _limit_inflight(inflight, device)
             else:
                 norm = optimizer.step(learning_rate(step, config, total_steps))
