@@ -190,8 +190,8 @@ class Readback:
 
 
 class Upload:
-    """Host tensors to the device on a stream of their own, beside the computation that is running:
-    the copy of 496 images takes 2 ms, a step of B/16 with them 131."""
+    """Host tensors to the device on a stream of their own, beside the computation that is running.
+    (496 images of 224 px are 75 MB, which B/16 uses up in 131 ms.)"""
 
     def __init__(self, device: torch.device):
         self.device = device
