@@ -305,10 +305,13 @@ _FORWARD = _MODEL | {"crop_ratio", "micro_batch_size", "tensor_parallel_size", "
                      "pin_memory"}
 MODES = {"eval": _FORWARD | {"data", "val_labels"}, "predict": _FORWARD | {"output_dir"},
          "export": _MODEL | {"format", "crop_ratio"}}
-# What --benchmark does not obey.
+# What --benchmark does not obey, or only beside another flag.
 BESIDE_BENCHMARK = {"data", "epochs", "max_steps", "max_unreadable", "crop_ratio", "log_interval",
                     "eval_interval", "save_interval", "keep_last", "tensorboard", "resume",
                     "init_from", "num_classes"}
+BENCHMARK_NEEDS = {"num_workers": "benchmark_data", "prefetch_factor": "benchmark_data",
+                   "pin_memory": "benchmark_data", "crop_scale": "benchmark_data",
+                   "output_dir": "profile"}
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -370,6 +373,10 @@ def _check_modes(given: dict) -> None:
     if modes == ["benchmark"] and (odd := sorted(set(given) & BESIDE_BENCHMARK)):
         raise ValueError(f"{_flag(odd[0])} has no effect with --benchmark; neither have "
                          f"{', '.join(map(_flag, sorted(BESIDE_BENCHMARK - {odd[0]})))}")
+    for name, needed in BENCHMARK_NEEDS.items() if modes == ["benchmark"] else ():
+        if name in given and not given.get(needed):
+            raise ValueError(f"{_flag(name)} has no effect with --benchmark without "
+                             f"{_flag(needed)}")
     for name in ("benchmark_data", "profile"):
         if given.get(name) and modes != ["benchmark"]:
             raise ValueError(f"{_flag(name)} needs --benchmark N")

@@ -421,8 +421,8 @@ HUE = 3  # its number in ColorJitter's order
 def train_transform(config: TrainConfig, image_hw: tuple[int, int]):
     """The random view of --augmentation, PIL to uint8 [3, H, W]; draws from torch's generator.
 
-    Resizing is torch's, on bytes: a third of the time of Pillow's. NeMo's list ends with the colour
-    jitter, which costs more than all the rest here and is left to the device: `color_jitter`.
+    Resizing is torch's, on bytes: a third of the time of Pillow's. The colour jitter of NeMo's list
+    costs more than all the rest here and is left to the device, after the others: `color_jitter`.
     """
     if config.augmentation == "none":
         return eval_transform(config, image_hw)

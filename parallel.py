@@ -379,8 +379,8 @@ class ShardedOptimizer:
             for param in bucket.params.values():
                 # Weak: autograd's own reference to the hook is invisible to the garbage collector.
                 param.register_post_accumulate_grad_hook(
-                    lambda param, ref=weakref.ref(self), bucket=weakref.ref(bucket):
-                        ref()._gradient_is_there(bucket()))
+                    lambda param, optimizer=weakref.ref(self), bucket=weakref.ref(bucket):
+                        optimizer()._gradient_is_there(bucket()))
         for module, unit in zip(model.unit_modules(), self.units, strict=True):
             module.register_forward_pre_hook(
                 lambda module, args, unit=unit: [bucket.wait() for bucket in unit] and None)

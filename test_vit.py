@@ -7,6 +7,7 @@ non-zero biases, dropout where it matters.
 
 import contextlib
 import csv
+import gc
 import itertools
 import json
 import multiprocessing
@@ -22,6 +23,7 @@ import tempfile
 import textwrap
 import time
 import traceback
+import weakref
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -399,7 +401,8 @@ def test_activation_checkpointing_leaves_gradients_bit_equal(mode):
 
 
 def test_activation_checkpointing_keeps_fewer_activations():
-    """Bytes kept for backward: none > selective > full; block of 1 layer lies between."""
+    """Bytes kept for backward: none > full; block of 1 layer lies between. (What selective keeps is
+    held by the policy, out of sight of these hooks.)"""
     config = replace(TINY, num_layers=4, hidden_dropout=0.1)
     images, _ = batch_of(config, 4)
 
@@ -1032,6 +1035,19 @@ def test_a_non_finite_gradient_changes_nothing(kind, bad):
             assert not all(torch.equal(a, b) for a, b in zip(before, state(optimizer)))
         runs.append(state(optimizer))
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_an_optimizer_is_freed_with_its_model():
+    """Model and optimizer hold each other through hooks, one of them in autograd; when both are
+    dropped after a step, the garbage collector takes them."""
+    model = build(TINY, Grid(), random_weights(TINY))
+    optimizer = ShardedOptimizer(model, Grid())
+    optimizer.backward(model(batch_of(TINY, 2)[0]).sum())
+    optimizer.step(1e-3)
+    alive = weakref.ref(optimizer)
+    del model, optimizer
+    gc.collect()
+    assert alive() is None
 
 
 def test_loading_weights_refreshes_the_masters():

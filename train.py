@@ -342,7 +342,7 @@ def adopt(weights: Weights, config: TrainConfig, vit: ViTConfig,
         name = model_name(facts)
         if name is not None:
             facts.setdefault("num_attention_heads", MODELS[name].num_attention_heads)
-        elif not {"num_attention_heads"} & {*facts, *given}:
+        elif "num_attention_heads" not in facts and "num_attention_heads" not in given:
             raise ValueError(f"--checkpoint {config.checkpoint} is none of {', '.join(MODELS)} and "
                              f"does not tell its number of heads: give --num-attention-heads")
         config = dataclasses.replace(config, model=name or "of its own shape")
@@ -1095,9 +1095,8 @@ def main(argv: list[str] | None = None) -> None:
                 images, labels, indices, *jitter = next(batches)
                 clock["wait"] += time.perf_counter() - waited
                 bad |= data.unreadable_in(labels, indices) - unreadable.indices
-                batch = images, labels, *jitter
-                sums += forward_backward(model, optimizer, prepare, config, batch,
-                                         last=i == accumulation - 1)
+                sums += forward_backward(model, optimizer, prepare, config,
+                                         (images, labels, *jitter), last=i == accumulation - 1)
                 _limit_inflight(inflight, device)
             else:
                 norm = optimizer.step(learning_rate(step, config, total_steps))
