@@ -1804,7 +1804,8 @@ def test_a_checkpoint_of_another_model_or_data_is_refused(tmp_path):
 @pytest.mark.parametrize("tp", [1, 2])
 def test_benchmark_prints_a_row_the_loaders_rate_and_a_profile(tp, tmp_path):
     """Two real steps without data or checkpoint: the row, the loader beside it, the shares of a
-    step, which add up to it, and a trace; with tp 2 communication is in the shares."""
+    step, which cover it (overlapping threads may add to more), and a trace; with tp 2 communication
+    is in the shares."""
     argv = ["--benchmark", "2", "--micro-batch-size", "8", "--augmentation", "nemo", "--profile",
             "--benchmark-data", "shapes", "--tensor-parallel-size", str(tp),
             "--output-dir", str(tmp_path)]
@@ -1816,7 +1817,7 @@ def test_benchmark_prints_a_row_the_loaders_rate_and_a_profile(tp, tmp_path):
     each, total = (float(cells[name].replace(",", "")) for name in ("images/s per GPU", "in all"))
     assert total == pytest.approx(each * tp, abs=0.1 * tp) and total > 0
     shares = dict(re.findall(r"^  (\w[\w, ]+?) +[\d.]+ ms +([\d.]+) %", outputs[0], re.M))
-    assert len(shares) == 7 and sum(map(float, shares.values())) == pytest.approx(100, abs=1)
+    assert len(shares) == 7 and sum(map(float, shares.values())) > 99  # each is rounded
     assert (float(shares["communication"]) > 0) == (tp > 1)
     assert re.search(r"shapes with 0 workers .* loader alone [\d,.]+ images/s", outputs[0])
     assert len(list(tmp_path.glob("profile/rank_*.json.gz"))) == tp

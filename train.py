@@ -872,7 +872,8 @@ def profile(run, steps: int, config: TrainConfig, log: Log, grid: Grid, device) 
     log.print(f"of {1e3 * seconds / steps:.1f} ms a step, profiled (traces in {folder}):")
     times = {kind: sum(end - begin for begin, end, k in spans if k == kind)
              for kind in (*CATEGORIES, "elementwise, norms")}
-    for kind, time_us in {**times, "idle": 1e6 * seconds - busy}.items():
+    # Times of several threads (CPU) or streams can add up to more than the step.
+    for kind, time_us in {**times, "idle": max(1e6 * seconds - busy, 0)}.items():
         note = (f"  ({exposed / steps / 1e3:.1f} not hidden)"
                 if kind == "communication" and time_us else "")
         log.print(f"  {kind:20s} {time_us / steps / 1e3:8.1f} ms "
