@@ -330,13 +330,15 @@ def compile_blocks(model: ViT) -> None:
     """torch.compile for the embedding and every block: blocks are alike, so one graph serves all.
 
     forward is compiled, not the module, so that ZeRO's wait for weights stays outside the graph.
-    Inductor's mix_order_reduction fuses a norm's backward with its weight gradient: measured on an
-    H100 (torch 2.11), B/16 at 496 images made 3,189 images/s with it and 3,528 without, L/16 at 248
-    1,146 and 1,127.
+    Inductor's mix_order_reduction fuses a norm's backward with its weight gradient, over runs of
+    rows; runs of 64, its own choice for large batches, are slow: on an H100 (torch 2.11) L/16 at
+    372 spent 94 ms a step in elementwise kernels with 64, 65 with 32; B/16 at 744 made 3,863
+    images/s without the fusion and 3,955 with 32.
     """
     options = {}
-    if hasattr(torch._inductor.config.triton, "mix_order_reduction"):
-        options["triton.mix_order_reduction"] = model.config.hidden_size >= 1024
+    if hasattr(torch._inductor.config.triton, "mix_order_reduction_split_size"):
+        options |= {"triton.mix_order_reduction": True,
+                    "triton.mix_order_reduction_split_size": 32}
     model.embed = torch.compile(model.embed, fullgraph=True, dynamic=False)
     for block in model.blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, options=options)
@@ -420,8 +422,8 @@ class ShortAttention(torch.autograd.Function):
         qkv [B, S, 3D], bias [3D] (which qkv already contains)  ->  y [B, S, D]
 
     The bias is an argument for its gradient's sake, as in parallel.BiasGradient. L/16 at 248 images
-    on an H100 (torch 2.11): 0.68 ms a block, cuDNN's passes and the joining 1.09. A first version of
-    0.83 ms took the step from 1,156 to 1,207 images/s.
+    on an H100 (torch 2.11): 0.68 ms a block, cuDNN's passes and the joining 1.09. A first version
+    of 0.83 ms took the step from 1,156 to 1,207 images/s.
     """
 
     @staticmethod
