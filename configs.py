@@ -183,8 +183,9 @@ class TrainConfig:
                                         "(default: the largest legal up to the model's own)")
     # layout, precision, speed
     tensor_parallel_size: int = flag(1, "ranks that share one model replica")
-    precision: Literal["fp32", "bf16", "bf16-O2"] = flag(
-        "bf16-O2", "bf16: autocast over fp32 weights; bf16-O2: bf16 weights, fp32 masters")
+    precision: Literal["fp32", "bf16", "bf16-O2", "bf16-O2-fp8"] = flag(
+        "bf16-O2", "bf16: autocast over fp32 weights; bf16-O2: bf16 weights, fp32 masters; "
+        "-fp8: and the blocks' matrix products in fp8, in training")
     attention: Literal["auto", "triton", "cudnn", "flash", "efficient", "math",
                        "flash-attn"] = flag(
         "auto", "attention kernel; auto: the first that runs of this list, flash-attn left out")

@@ -86,12 +86,12 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv product; each tp rank computes nh/t heads."""
 
-    def __init__(self, config: ViTConfig, grid: Grid, kernel: str):
+    def __init__(self, config: ViTConfig, grid: Grid, kernel: str, fp8: bool):
         super().__init__()
         d = config.hidden_size
         self.head_dim, self.dropout, self.kernel = config.head_dim, config.attention_dropout, kernel
-        self.qkv = ColumnParallelLinear(d, 3 * d, grid.tp, parts=3)
-        self.proj = RowParallelLinear(d, d, grid.tp)
+        self.qkv = ColumnParallelLinear(d, 3 * d, grid.tp, parts=3, fp8=fp8)
+        self.proj = RowParallelLinear(d, d, grid.tp, fp8)
 
     def forward(self, x):                                                      # [b, S, D]
         if self.kernel == "triton":
@@ -111,11 +111,12 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """linear, GELU, linear; each tp rank computes ffn/t of the hidden features."""
 
-    def __init__(self, config: ViTConfig, grid: Grid):
+    def __init__(self, config: ViTConfig, grid: Grid, fp8: bool):
         super().__init__()
+        d, f = config.hidden_size, config.ffn_hidden_size
         self.gelu = config.gelu_approximate
-        self.fc1 = ColumnParallelLinear(config.hidden_size, config.ffn_hidden_size, grid.tp)
-        self.fc2 = RowParallelLinear(config.ffn_hidden_size, config.hidden_size, grid.tp)
+        self.fc1 = ColumnParallelLinear(d, f, grid.tp, fp8=fp8)
+        self.fc2 = RowParallelLinear(f, d, grid.tp, fp8)
 
     def forward(self, x):                                                      # [b, S, D]
         x = F.gelu(self.fc1(x), approximate=self.gelu)                         # [t*b, S, ffn/t]
@@ -141,6 +142,7 @@ class DropPath(nn.Module):
 KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_mm.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -174,13 +176,13 @@ class Block(nn.Module):
     """
 
     def __init__(self, config: ViTConfig, grid: Grid, kernel: str, drop_path: float,
-                 selective: bool):
+                 selective: bool, fp8: bool):
         super().__init__()
         self.rate, self.selective = config.hidden_dropout, selective
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layernorm_eps)
-        self.attn = Attention(config, grid, kernel)
+        self.attn = Attention(config, grid, kernel, fp8)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layernorm_eps)
-        self.mlp = Mlp(config, grid)
+        self.mlp = Mlp(config, grid, fp8)
         self.drop_path = DropPath(drop_path) if config.drop_path_rate else nn.Identity()
 
     def forward(self, x, y, seeds):
@@ -221,12 +223,13 @@ class ViT(nn.Module):
                    uniform: every run of checkpoint_num_layers blocks keeps only its input
                    block:   the first checkpoint_num_layers blocks keep only their inputs, each
     Dropout is replayed exactly (the random state is restored for the recomputation).
+    fp8: the blocks' matrix products in training (parallel.Fp8Linear); the weights are bf16 on CUDA.
     seed: each full parameter is drawn from (seed, its name), then cut for tp: same model always.
     """
 
     def __init__(self, config: ViTConfig, grid: Grid = Grid(), *, kernel: str = "sdpa",
                  activation_checkpointing: str = "none", checkpoint_method: str = "uniform",
-                 checkpoint_num_layers: int = 1, seed: int = 0):
+                 checkpoint_num_layers: int = 1, fp8: bool = False, seed: int = 0):
         super().__init__()
         for name in ("num_attention_heads", "ffn_hidden_size"):
             if getattr(config, name) % grid.tp.size:
@@ -240,7 +243,7 @@ class ViT(nn.Module):
         drop_path = [config.drop_path_rate * i / max(layers - 1, 1) for i in range(layers)]
         selective = activation_checkpointing == "selective"
         self.blocks = nn.ModuleList(
-            Block(config, grid, kernel, rate, selective) for rate in drop_path)
+            Block(config, grid, kernel, rate, selective, fp8) for rate in drop_path)
         self.norm = nn.LayerNorm(d, eps=config.layernorm_eps)
         self.pre_logits = PreLogits(d) if config.head == "mlp" else nn.Identity()
         self.head = nn.Linear(d, config.num_classes)

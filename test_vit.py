@@ -356,20 +356,34 @@ def test_dropout_is_a_hash_of_seed_and_element():
         assert correlation(first, other) < bound
 
 
-def test_the_short_attention_backward_equals_sdpas():
-    """Triton's interpreter runs the kernel on the CPU: dqkv and the bias gradient of 51 tokens (two
-    blocks of queries, the second not full), 2 images, 2 heads, against autograd in fp32. 1e-6 of
-    the norm: sums in another order, exp2 instead of exp."""
+@pytest.mark.parametrize("check", ["_check_short_attention", "_check_cast_both"])
+def test_triton_kernels_equal_the_plain_computation(check):
+    """Triton's interpreter runs them on the CPU; each check says what it compares."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    script = "import test_vit; test_vit._check_short_attention()"
+    script = f"import test_vit; test_vit.{check}()"
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True,
                           text=True, timeout=120, cwd=HERE)
     assert done.returncode == 0, done.stderr
 
 
+def _check_cast_both():
+    """Numbers that the format holds, 2 x 70 x 150 of them in tiles that are not full, times 4: the
+    plain computation's exactly (the interpreter's own rounding is wrong); the transpose holds the
+    same, the factor back is 1/4, and what is too large becomes the largest."""
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        largest = torch.finfo(dtype).max
+        x = torch.randn(2, 70, 150, generator=_generator("x")).to(dtype).to(torch.bfloat16)
+        x[1, 60, 140] = -largest
+        y, y_t, unscale = parallel.cast_both(x, torch.tensor(largest / 4), dtype)
+        assert torch.equal(y.float(), (4 * x.float()).clamp(-largest, largest).view(140, 150))
+        assert torch.equal(y_t.float(), y.float().t()) and unscale == 1 / 4
+
+
 def _check_short_attention():
-    B, S, heads, hd = 2, 51, 2, 64
+    """dqkv and the bias gradient of 100 tokens (two tiles of keys, the second not full), 2 images,
+    2 heads, against autograd in fp32. 1e-6 of the norm: sums in another order, exp2 for exp."""
+    B, S, heads, hd = 2, 100, 2, 64
     qkv = torch.randn(B, S, 3 * heads * hd, generator=_generator("qkv")).requires_grad_()
     dy = torch.randn(B, S, heads * hd, generator=_generator("dy"))
     q, k, v = (z.transpose(1, 2) for z in qkv.unflatten(-1, (3, heads, hd)).unbind(2))
@@ -380,6 +394,40 @@ def _check_short_attention():
                                                        hd)
     for ours, theirs in [(dqkv, qkv.grad), (sums.sum(0), qkv.grad.sum((0, 1)))]:
         assert (ours - theirs).norm() < 1e-6 * theirs.norm()
+
+
+def test_fp8_linear_multiplies_the_rounded_tensors():
+    """y, dx and dW are products of x and W rounded to e4m3 and dy rounded to e5m2, each scaled so
+    that its largest element is the format's: within 2^-8 of the norm, the rounding of a bf16
+    result. The bias gradient takes dy as it is. A missing factor or transpose would be 100 %."""
+    x, dy, weight, bias = (torch.randn(shape, generator=_generator(shape)).bfloat16()
+                           for shape in [(2, 24, 32), (2, 24, 48), (48, 32), (48,)])
+    inputs = [z.requires_grad_() for z in (3 * x, 0.1 * weight, bias)]
+    y = parallel.Fp8Linear.apply(*inputs)
+    dx, dweight, dbias = torch.autograd.grad(y, inputs, dy)
+
+    def rounded(z, dtype):
+        scale = torch.finfo(dtype).max / z.abs().max().float()
+        return (z.detach().float() * scale).to(dtype).float() / scale
+    x8, w8 = (rounded(z, torch.float8_e4m3fn) for z in inputs[:2])
+    dy8 = rounded(dy, torch.float8_e5m2)
+    for ours, exact in [(y, x8 @ w8.t() + bias.float()), (dx, dy8 @ w8),
+                        (dweight, torch.einsum("bsf,bsk->fk", dy8, x8)),
+                        (dbias, dy.float().sum((0, 1)))]:
+        assert (ours.float() - exact).norm() < 2**-8 * exact.norm()
+
+
+def test_fp8_products_are_for_training_only():
+    """In eval mode a model with fp8 products gives the bf16 model's logits, bit for bit; in
+    training other ones, within 10 % (four products of 3 mantissa bits, 2 to 3 % each)."""
+    config = replace(TINY, num_layers=1)
+    weights, (images, _) = random_weights(config), batch_of(config, 8)
+    plain, fp8 = (build(config, Grid(), weights, fp8=on).bfloat16() for on in (False, True))
+    images = images.bfloat16()
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(images), fp8.eval()(images))
+        exact, rounded = plain.train()(images).float(), fp8.train()(images).float()
+    assert 0 < (exact - rounded).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.parametrize("mode", [("selective", "uniform", 1), ("full", "uniform", 1),
@@ -809,12 +857,13 @@ def test_split_cuts_heads_inside_q_k_and_v():
 def _tensor_parallel_run(tp, options):
     """Logits, input gradients and full weight gradients of 8 images over tp ranks."""
     grid = grid_of(tp)
+    dtype = torch.bfloat16 if options.get("fp8") else torch.float32
     config = replace(TINY, head="mlp")
     weights, (images, _) = random_weights(config), batch_of(config, 8)
     count = 8 // tp
     mine = slice(grid.tp.rank * count, (grid.tp.rank + 1) * count)
-    model = build(config, grid, weights, **options)
-    x = images[mine].clone().requires_grad_()
+    model = build(config, grid, weights, **options).to(dtype)
+    x = images[mine].to(dtype, copy=True).requires_grad_()
     calls = {"all_gather": 0, "reduce_scatter": 0}
     for name in calls:
         def counted(*args, name=name, original=getattr(parallel, name)):
@@ -854,6 +903,20 @@ def test_tensor_parallel_equals_the_unsplit_model(tp, recompute):
     assert (torch.cat([r[1] for r in results]) - images.grad).abs().max() < 1e-5
     for result in results:
         assert max_difference(result[2], gradients(model)) < 1e-5
+
+
+def test_tensor_parallel_fp8_is_the_unsplit_model_within_fp8():
+    """tp 2, every gathered gradient against the plain fp32 model: within 25 % of its norm. Each
+    rank rounds its own shards; e5m2 rounds by some 5 %, and the first block's gradients pass it
+    eight times. A lost share would be 50 % or more."""
+    config = replace(TINY, head="mlp")
+    model = build(config, Grid(), random_weights(config))
+    weight = torch.cat([torch.randn(4, config.num_classes, generator=_generator("w", r))
+                        for r in range(2)])
+    (model(batch_of(config, 8)[0]) * weight).sum().backward()
+    for result in run_ranks(2, _tensor_parallel_run, 2, dict(fp8=True))[0]:
+        for name, exact in gradients(model).items():
+            assert (result[2][name].float() - exact).norm() < 0.25 * exact.norm(), name
 
 
 def test_a_block_makes_two_plus_two_collectives_each_way():
@@ -1765,6 +1828,9 @@ BAD_INPUT = [
     (1, ["--momentum", "0.5"], "it needs --optimizer sgd"),
     (1, ["--epochs", "3"], "--epochs and --max-steps contradict each other"),
     (1, ["--attention", "triton"], "it needs Triton, CUDA and bf16. Legal here: auto, flash, math"),
+    (1, ["--precision", "bf16-O2-fp8"], "capability 8.9 or higher), not CPU"),
+    (1, ["--precision", "bf16-O2-fp8", "--micro-batch-size", "8"], "is 56; nearest: 16"),
+    (1, ["--precision", "bf16-O2-fp8", "--hidden-size", "40"], "to be a multiple of 16"),
     (1, ["--profile"], "--profile needs --benchmark N"),
     (1, ["--benchmark", "2"], "--data has no effect with --benchmark"),
 ]

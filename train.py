@@ -21,7 +21,8 @@ Precision (--precision)   weights   activations   gradients sum, moments, master
     bf16                  fp32      bf16 matmuls  fp32                              autocast
     bf16-O2               bf16      bf16          fp32                              half the memory
                                                                                     traffic
-Softmax, norm statistics, loss and logits are fp32 in all three. bf16-O2 is NeMo's megatron_amp_O2.
+    bf16-O2-fp8           bf16      fp8 matmuls   fp32                              speed of g, G
+Softmax, norm statistics, loss and logits are always fp32. bf16-O2 is NeMo's megatron_amp_O2.
 """
 
 import collections
@@ -329,6 +330,7 @@ def adopt(weights: Weights, config: TrainConfig, vit: ViTConfig,
     other modes take the whole model. Raises ValueError if the weights do not make a whole one.
     """
     facts = {"precision": "fp32", **weights.facts}
+    facts["precision"] = facts["precision"].removesuffix("-fp8")  # that is for training
     names = {"num_class_tokens", "head", "layernorm_eps", "gelu_approximate", "mean", "std"}
     if config.recipe == "finetune":
         names.remove("head")
@@ -499,12 +501,15 @@ def activation_bytes(vit: ViTConfig, config: TrainConfig, images: int) -> int:
     outputs, gathered over tp, 2tD; q, k, v and attention's output 4D; the MLP's hidden layer before
     and after GELU 2F; a byte for each of two dropout masks. Selective keeps the block's inputs x
     and y, qkv, attention's output, proj's and fc1's, 7D + F. Full keeps x and y and, while backward
-    is in a recomputed run of blocks, that run's own activations.
+    is in a recomputed run of blocks, that run's own activations. With fp8 products, the products'
+    inputs, (2t + 1)D + F, are kept in a byte an element, and the weights' transposed.
     """
     d, f, t = vit.hidden_size, vit.ffn_hidden_size, config.tensor_parallel_size
     element = 4 if config.precision == "fp32" else 2
     masks = 2 * d if vit.hidden_dropout else 0
     block = element * (6 * d + 2 * t * d + 2 * f) + masks
+    if config.precision.endswith("-fp8"):
+        block = 2 * (6 * d + f) + (2 * t + 1) * d + f + masks
     if config.activation_checkpointing == "selective":
         block = element * (7 * d + f)
     entry = 2 * element * d
@@ -515,7 +520,8 @@ def activation_bytes(vit: ViTConfig, config: TrainConfig, images: int) -> int:
         total = math.ceil(layers / n) * entry + min(n, layers) * block
     else:
         total = min(n, layers) * entry + max(layers - n, 0) * block + (block if n else 0)
-    return images * vit.seq_length * total
+    fp8_weights = config.precision.endswith("-fp8") and layers * (4 * d * d + 2 * d * f) // t
+    return images * vit.seq_length * total + fp8_weights
 
 
 def memory_plan(vit: ViTConfig, config: TrainConfig, tp: int, dp: int, micro: int) -> dict:
@@ -524,7 +530,7 @@ def memory_plan(vit: ViTConfig, config: TrainConfig, tp: int, dp: int, micro: in
     with torch.device("meta"):
         model = ViT(vit, grid)
     buckets = [bucket for unit in plan_buckets(model, grid) for bucket in unit]
-    o2 = config.precision == "bf16-O2"
+    o2 = config.precision.startswith("bf16-O2")
     moments = 2 if config.optimizer == "adamw" else (1 if config.momentum else 0)
     return {"weights": sum(_block(b.numel * (2 if o2 else 4)) for b in buckets),
             "gradients": sum(_block(b.numel * 4) for b in buckets),
@@ -671,14 +677,38 @@ def build_model(config: TrainConfig, vit: ViTConfig, grid: Grid, device):
         model = ViT(vit, grid, kernel="sdpa" if kernel in BACKENDS else kernel,
                     activation_checkpointing=config.activation_checkpointing,
                     checkpoint_method=config.checkpoint_method,
-                    checkpoint_num_layers=config.checkpoint_num_layers, seed=config.seed)
+                    checkpoint_num_layers=config.checkpoint_num_layers,
+                    fp8=config.precision.endswith("fp8"), seed=config.seed)
     return model, kernel, why
+
+
+def check_fp8(config: TrainConfig, vit: ViTConfig, micro: int, device: torch.device) -> None:
+    """Raises ValueError if --precision bf16-O2-fp8 cannot run: the sizes, and (except in a dry run)
+    the device."""
+    if not config.precision.endswith("-fp8"):
+        return
+    tp = config.tensor_parallel_size
+    for name in ("hidden_size", "ffn_hidden_size"):
+        if getattr(vit, name) % (16 * tp):
+            raise ValueError(f"--precision {config.precision} needs {name} {getattr(vit, name)} to "
+                             f"be a multiple of 16 x --tensor-parallel-size {tp} = {16 * tp}")
+    if micro * vit.seq_length % 16:
+        step = math.lcm(16 // math.gcd(vit.seq_length, 16), tp)
+        near = sorted({micro // step * step or step, micro // step * step + step})
+        raise ValueError(f"--precision {config.precision} needs a multiple of 16 tokens, and "
+                         f"--micro-batch-size {micro} x {vit.seq_length} tokens is "
+                         f"{micro * vit.seq_length}; nearest: {', '.join(map(str, near))}")
+    if not config.dry_run and (device.type != "cuda" or
+                               torch.cuda.get_device_capability(device) < (8, 9)):
+        raise ValueError(f"--precision {config.precision} needs a GPU with fp8 products (compute "
+                         f"capability 8.9 or higher), not {_device_name(device)}; legal here: "
+                         "fp32, bf16, bf16-O2")
 
 
 def build_optimizer(config: TrainConfig, model: ViT, grid: Grid) -> ShardedOptimizer:
     return ShardedOptimizer(
         model, grid, optimizer=config.optimizer, weight_decay=config.weight_decay,
-        weight_dtype=torch.bfloat16 if config.precision == "bf16-O2" else torch.float32,
+        weight_dtype=torch.bfloat16 if config.precision.startswith("bf16-O2") else torch.float32,
         betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
         momentum=config.momentum, clip_grad=config.clip_grad)
 
@@ -697,7 +727,7 @@ def preparer(config: TrainConfig, device: torch.device):
     upload, normalize = Upload(device), data.normalize
     if _use_compile(config, device):
         normalize = torch.compile(normalize, fullgraph=True, dynamic=False)
-    dtype = torch.bfloat16 if config.precision == "bf16-O2" else torch.float32
+    dtype = torch.bfloat16 if config.precision.startswith("bf16-O2") else torch.float32
 
     def prepare(images, *jitter):
         images, *jitter = upload(images, *jitter)
@@ -899,6 +929,9 @@ def main(argv: list[str] | None = None) -> None:
         if config.checkpoint:
             weights = read_weights(config.checkpoint, config.init_image_size)
             config, vit, _ = adopt(weights, config, vit, given)
+            if config.precision.endswith("-fp8"):
+                raise ValueError(f"--precision {config.precision} is for training; legal here: "
+                                 "fp32, bf16, bf16-O2")
         if config.export:
             return export_mode(config, vit, weights) if rank == 0 else None
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
@@ -956,6 +989,7 @@ def main(argv: list[str] | None = None) -> None:
         elif config.recipe == "finetune" and resume is None and not config.dry_run:
             raise ValueError("--recipe finetune needs --init-from WEIGHTS: a checkpoint or output "
                              "directory of this program, or a file of another library")
+        check_fp8(config, vit, micro, device)
         if config.dry_run:
             if rank == 0:
                 dry_run(config, vit, train_set, val_set, total_steps, batch, device)
