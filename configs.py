@@ -190,6 +190,8 @@ class TrainConfig:
                        "flash-attn"] = flag(
         "auto", "attention kernel; auto: the first that runs of this list, flash-attn left out")
     compile: bool | None = flag(None, "torch.compile the blocks (default: on CUDA)")
+    tp_comm_overlap: bool | None = flag(None, "compiled tensor parallelism: collectives under the "
+                                        "products (default: where the GPUs allow it)")
     activation_checkpointing: Literal["none", "selective", "full"] = flag(
         "none", "selective: keep matrix products and attention; full: keep block inputs only")
     checkpoint_method: Literal["uniform", "block"] = flag(
@@ -302,8 +304,8 @@ NEEDS = {
 _MODEL = {"checkpoint", "init_image_size", "model", "image_size", "num_attention_heads",
           "layernorm_eps", "gelu_approximate", "mean", "std"}
 _FORWARD = _MODEL | {"crop_ratio", "micro_batch_size", "tensor_parallel_size", "precision",
-                     "attention", "compile", "deterministic", "num_workers", "prefetch_factor",
-                     "pin_memory"}
+                     "attention", "compile", "tp_comm_overlap", "deterministic", "num_workers",
+                     "prefetch_factor", "pin_memory"}
 MODES = {"eval": _FORWARD | {"data", "val_labels"}, "predict": _FORWARD | {"output_dir"},
          "export": _MODEL | {"format", "crop_ratio"}}
 # What --benchmark does not obey, or only beside another flag.

@@ -50,6 +50,7 @@ from parallel import (
     RowParallelLinear,
     full_shape,
     newest_checkpoint,
+    overlap_options,
     read_meta,
     shard,
     write_atomically,
@@ -329,7 +330,7 @@ class ViT(nn.Module):
         return [self, *self.blocks, self.norm]
 
 
-def compile_blocks(model: ViT) -> None:
+def compile_blocks(model: ViT, tp_comm_overlap: bool | None = None) -> None:
     """torch.compile for the embedding and every block: blocks are alike, so one graph serves all.
 
     forward is compiled, not the module, so that ZeRO's wait for weights stays outside the graph.
@@ -338,7 +339,7 @@ def compile_blocks(model: ViT) -> None:
     372 spent 94 ms a step in elementwise kernels with 64, 65 with 32; B/16 at 744 made 3,863
     images/s without the fusion and 3,955 with 32.
     """
-    options = {}
+    options = overlap_options(model.grid.tp, model.cls_token.device, tp_comm_overlap)
     if hasattr(torch._inductor.config.triton, "mix_order_reduction_split_size"):
         options |= {"triton.mix_order_reduction": True,
                     "triton.mix_order_reduction_split_size": 32}

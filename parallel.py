@@ -25,6 +25,7 @@ t = tp size, N = size of the group that shares a bucket; `_local` and `/t` mark 
 import json
 import os
 import shutil
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives  # noqa: F401 registers the operators below
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 from torch.distributed.device_mesh import init_device_mesh
 
 try:
@@ -136,6 +138,32 @@ class ScatterSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_local):
         return all_gather(dy_local, ctx.group), None
+
+
+def overlap_options(tp: Axis, device: torch.device, wanted: bool | None = None) -> dict:
+    """--tp-comm-overlap: compiler options that do f and g in pieces, each under another's product.
+
+    Inductor then replaces gather + product and product + scatter by symmetric memory's fused
+    operators, which copy between the GPUs of one host while the products run. g/14 on 2 H200, tp 2,
+    micro-batch 128 (torch 2.11): 469 images/s, without 439.
+    wanted: None takes it where it can run; True raises ValueError where it cannot.
+    """
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    possible = (tp.size > 1 and device.type == "cuda" and local_world % tp.size == 0
+                and torch.cuda.device_count() >= local_world)
+    if possible:
+        first = device.index // tp.size * tp.size
+        possible = all(torch.cuda.can_device_access_peer(device, peer)
+                       for peer in range(first, first + tp.size) if peer != device.index)
+    if wanted and not possible:
+        raise ValueError("--tp-comm-overlap needs --tensor-parallel-size above 1, groups within a "
+                         "host, and GPUs that read each other's memory (NVLink, peer-to-peer)")
+    if wanted is False or not possible:
+        return {}
+    with warnings.catch_warnings():  # newer versions of torch need no call, and say so
+        warnings.simplefilter("ignore", FutureWarning)
+        enable_symm_mem_for_group(tp.group.group_name)
+    return {"_micro_pipeline_tp": True}
 
 
 # ----------------------------------------------------------------------------- parallel layers
@@ -319,7 +347,10 @@ class ColumnParallelLinear(nn.Module):
         bias = self.bias.detach()
         if self.fp8 and self.training:
             return Fp8Linear.apply(x, self.weight, self.bias if bias_gradient else bias)
-        y = F.linear(x, self.weight, bias)
+        if self.tp.size > 1:  # a sum of its own: the compiler joins f with a plain product only
+            y = F.linear(x, self.weight) + bias
+        else:
+            y = F.linear(x, self.weight, bias)
         return BiasGradient.apply(y, self.bias) if bias_gradient else y
 
 

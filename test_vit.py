@@ -919,6 +919,28 @@ def test_tensor_parallel_fp8_is_the_unsplit_model_within_fp8():
             assert (result[2][name].float() - exact).norm() < 0.25 * exact.norm(), name
 
 
+@pytest.mark.parametrize("local_world, reach, wanted, taken", [
+    (4, True, None, True), (4, True, False, False), (4, False, None, False),
+    (1, True, None, False)])
+def test_tp_overlap_is_taken_where_gpus_reach_each_other(monkeypatch, local_world, reach, wanted,
+                                                         taken):
+    """GPU 3 of a host, tp 2: the pair (2, 3) must have peer access and the group stay on the host;
+    asked for where it cannot be, it is an error."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer",
+                        lambda device, peer: reach and (device.index, peer) == (3, 2))
+    enabled = []
+    monkeypatch.setattr(parallel, "enable_symm_mem_for_group", enabled.append)
+    tp = parallel.Axis(1, 2, type("Group", (), {"group_name": "tp"}))
+    options = parallel.overlap_options(tp, torch.device("cuda", 3), wanted)
+    assert options == ({"_micro_pipeline_tp": True} if taken else {})
+    assert enabled == (["tp"] if taken else [])
+    if wanted is None and not taken:
+        with pytest.raises(ValueError, match="--tp-comm-overlap needs"):
+            parallel.overlap_options(tp, torch.device("cuda", 3), True)
+
+
 def test_a_block_makes_two_plus_two_collectives_each_way():
     """Two blocks: forward 4 all-gathers and 4 reduce-scatters, backward the same again."""
     for result in run_ranks(2, _tensor_parallel_run, 2, {})[0]:
@@ -1831,6 +1853,7 @@ BAD_INPUT = [
     (1, ["--precision", "bf16-O2-fp8"], "capability 8.9 or higher), not CPU"),
     (1, ["--precision", "bf16-O2-fp8", "--micro-batch-size", "8"], "is 56; nearest: 16"),
     (1, ["--precision", "bf16-O2-fp8", "--hidden-size", "40"], "to be a multiple of 16"),
+    (1, ["--tp-comm-overlap"], "--tp-comm-overlap needs --compile"),
     (1, ["--profile"], "--profile needs --benchmark N"),
     (1, ["--benchmark", "2"], "--data has no effect with --benchmark"),
 ]

@@ -369,10 +369,9 @@ def open_model(config: TrainConfig, vit: ViTConfig, weights: Weights, grid: Grid
     fitted, report = fit_weights(weights, vit)
     model, kernel, why = build_model(config, vit, grid, device)
     load_weights(model, fitted)
-    if config.precision == "bf16-O2":
+    if config.precision.startswith("bf16-O2"):
         model.to(torch.bfloat16)
-    if _use_compile(config, device):
-        compile_blocks(model)
+    compile_if_asked(model, config, device)
     log.print(f"model {config.model} of {config.checkpoint} ({weights.format}): "
               f"{vit.num_params / 1e6:,.2f} M parameters, {vit.num_classes} classes; "
               f"{'; '.join(report)}")
@@ -755,6 +754,13 @@ def _use_compile(config: TrainConfig, device: torch.device) -> bool:
     return device.type == "cuda" if config.compile is None else config.compile
 
 
+def compile_if_asked(model: ViT, config: TrainConfig, device: torch.device) -> None:
+    if _use_compile(config, device):
+        compile_blocks(model, config.tp_comm_overlap)
+    elif config.tp_comm_overlap:
+        raise ValueError("--tp-comm-overlap needs --compile")
+
+
 def end_processes() -> None:
     if dist.is_initialized():
         dist.barrier()
@@ -778,10 +784,10 @@ def benchmark(config: TrainConfig, vit: ViTConfig, batch: tuple, grid: Grid, dev
         source = config.benchmark_data and on_rank_0(
             grid, lambda: data.open_data(config.benchmark_data, vit.image_hw))[0]
         vit = dataclasses.replace(vit, num_classes=len(source.classes)) if source else vit
+        check_fp8(config, vit, micro, device)
         model, kernel, _ = build_model(config, vit, grid, device)
         optimizer = build_optimizer(config, model, grid)
-        if _use_compile(config, device):
-            compile_blocks(model)
+        compile_if_asked(model, config, device)
     prepare, model = preparer(config, device), model.train()
 
     def random_batches():
@@ -872,7 +878,7 @@ def loader_rate(source, config: TrainConfig, vit: ViTConfig, local_batch: int, g
 
 
 CATEGORIES = {  # by the names of kernels, first match; the rest is elementwise
-    "communication": ("nccl", "c10d", "gloo", "symm_mem", "multimem"),
+    "communication": ("nccl", "c10d", "gloo", "barrier_kernel", "signal_kernel", "memcpy ptop"),
     "attention": ("fmha", "flash", "attention", "_short_backward", "dot_do_o", "convert_dq"),
     "matrix products": ("gemm", "nvjet", "cutlass", "splitk", "aten::mm", "aten::addmm"),
     "optimizer": ("multi_tensor_apply", "fused_adam", "fused_sgd", "_foreach"),
@@ -891,8 +897,8 @@ def profile(run, steps: int, config: TrainConfig, log: Log, grid: Grid, device) 
     spans, at = [], 0.0  # (begin, end, category) in microseconds
     for event in profiler.events():
         name = event.name.lower()
-        kind = next((kind for kind, keys in CATEGORIES.items()
-                     if any(key in name for key in keys)), "elementwise, norms")
+        kind = next((kind for kind, keys in CATEGORIES.items() if any(key in name for key in keys)
+                     and not name.startswith("triton_")), "elementwise, norms")
         if not cuda:  # operators nest: their own times, end to end
             spans.append((at, at := at + event.self_cpu_time_total, kind))
         elif event.device_type == torch.autograd.DeviceType.CUDA:
@@ -1015,9 +1021,7 @@ def main(argv: list[str] | None = None) -> None:
         if resume is not None:
             meta = load_checkpoint(resume, optimizer)
             start_step, images_seen = meta["step"], meta["images_seen"]
-    use_compile = _use_compile(config, device)
-    if use_compile:
-        compile_blocks(model)
+        compile_if_asked(model, config, device)
 
     # ---- what will run
     decay, no_decay = optimizer.decay_names()
@@ -1029,7 +1033,7 @@ def main(argv: list[str] | None = None) -> None:
               f"images; {total_steps:,} steps = "
               f"{total_steps * config.global_batch_size / len(train_set):,.1f} epochs")
     log.print(f"precision {config.precision}, attention {kernel} ({why}), "
-              f"{'compiled' if use_compile else 'not compiled'}")
+              f"{'' if _use_compile(config, device) else 'not '}compiled")
     log.print(f"weight decay {config.weight_decay} on {len(decay)} matrices, none on "
               f"{len(no_decay)} biases, norms, tokens and positions")
     if config.warmup_steps >= total_steps:
