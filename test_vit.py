@@ -432,17 +432,20 @@ def test_fp8_products_are_for_training_only():
 
 @pytest.mark.parametrize("mode", [("selective", "uniform", 1), ("full", "uniform", 1),
                                   ("full", "uniform", 2), ("full", "block", 1)])
-def test_activation_checkpointing_leaves_gradients_bit_equal(mode):
-    """Recomputation replays dropout, attention dropout and drop path exactly: no tolerance."""
+@pytest.mark.parametrize("fp8", [False, True])
+def test_activation_checkpointing_leaves_gradients_bit_equal(mode, fp8):
+    """Recomputation replays dropout, attention dropout and drop path exactly: no tolerance. Also
+    with products in fp8, whose scales are found again."""
     config = replace(TINY, num_layers=3, hidden_dropout=0.2, attention_dropout=0.1,
                      drop_path_rate=0.3)
-    weights, (images, labels) = random_weights(config), batch_of(config, 4)
+    weights, (images, labels) = random_weights(config), batch_of(config, 8)
+    dtype = torch.bfloat16 if fp8 else torch.float32
 
     def run(granularity, method, layers):
         model = build(config, Grid(), weights, activation_checkpointing=granularity,
-                      checkpoint_method=method, checkpoint_num_layers=layers)
+                      checkpoint_method=method, checkpoint_num_layers=layers, fp8=fp8).to(dtype)
         torch.manual_seed(3)
-        F.cross_entropy(model(images), labels).backward()
+        F.cross_entropy(model(images.to(dtype)).float(), labels).backward()
         return gradients(model)
     plain, recomputed = run("none", "uniform", 1), run(*mode)
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
