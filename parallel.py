@@ -234,7 +234,8 @@ if triton is not None:
         m = (tl.program_id(0) // across * TILE + tl.arange(0, TILE)).to(tl.int64)
         k = (tl.program_id(0) % across * TILE + tl.arange(0, TILE)).to(tl.int64)
         here = (m[:, None] < M) & (k[None, :] < K)
-        scale = LARGEST / tl.maximum(tl.load(top), 1e-12)
+        largest = tl.load(top)
+        scale = LARGEST / tl.where(largest < 1e-12, 1e-12, largest)  # NaN stays NaN
         z = tl.load(x + m[:, None] * K + k[None, :], mask=here, other=0.0).to(tl.float32) * scale
         z = tl.clamp(z, -LARGEST, LARGEST).to(y.dtype.element_ty)
         tl.store(y + m[:, None] * K + k[None, :], z, mask=here)

@@ -378,6 +378,9 @@ def _check_cast_both():
         y, y_t, unscale = parallel.cast_both(x, torch.tensor(largest / 4), dtype)
         assert torch.equal(y.float(), (4 * x.float()).clamp(-largest, largest).view(140, 150))
         assert torch.equal(y_t.float(), y.float().t()) and unscale == 1 / 4
+        for top, factor in [(0.0, 1e-12 / largest), (float("inf"), float("inf"))]:
+            assert parallel.cast_both(x, torch.tensor(top), dtype)[2] == pytest.approx(factor)
+        assert parallel.cast_both(x, torch.tensor(float("nan")), dtype)[2].isnan()
 
 
 def _check_short_attention():
@@ -415,6 +418,22 @@ def test_fp8_linear_multiplies_the_rounded_tensors():
                         (dweight, torch.einsum("bsf,bsk->fk", dy8, x8)),
                         (dbias, dy.float().sum((0, 1)))]:
         assert (ours.float() - exact).norm() < 2**-8 * exact.norm()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_fp8_does_not_hide_what_is_not_finite(value):
+    """One such element of x or dy, and no element of y or of dx, dW is finite: the step is skipped
+    as it would be in bf16 (clamped to the format's range, it would look like a good one)."""
+    x, weight, dy = (torch.randn(shape, generator=_generator(shape)).bfloat16()
+                     for shape in [(2, 24, 32), (48, 32), (2, 24, 48)])
+    inputs = [x.requires_grad_(), weight.requires_grad_()]
+    y = parallel.Fp8Linear.apply(*inputs, None)
+    dy[1, 2, 3] = value
+    gradients = torch.autograd.grad(y, inputs, dy)
+    with torch.no_grad():
+        x[1, 2, 3] = value
+    for z in (parallel.Fp8Linear.apply(*inputs, None), *gradients):
+        assert not z.isfinite().any()
 
 
 def test_fp8_products_are_for_training_only():
