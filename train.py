@@ -506,12 +506,13 @@ def activation_bytes(vit: ViTConfig, config: TrainConfig, images: int) -> int:
     d, f, t = vit.hidden_size, vit.ffn_hidden_size, config.tensor_parallel_size
     element = 4 if config.precision == "fp32" else 2
     masks = 2 * d if vit.hidden_dropout else 0
-    block = element * (6 * d + 2 * t * d + 2 * f) + masks
-    if config.precision.endswith("-fp8"):
-        block = 2 * (6 * d + f) + (2 * t + 1) * d + f + masks
+    tokens = images * vit.seq_length
+    block = tokens * (element * (6 * d + 2 * t * d + 2 * f) + masks)
     if config.activation_checkpointing == "selective":
-        block = element * (7 * d + f)
-    entry = 2 * element * d
+        block = tokens * element * (7 * d + f)
+    elif config.precision.endswith("-fp8"):
+        block = tokens * (2 * (6 * d + f) + (2 * t + 1) * d + f + masks) + 2 * d * (2 * d + f) // t
+    entry = tokens * 2 * element * d
     layers, n = vit.num_layers, config.checkpoint_num_layers
     if config.activation_checkpointing != "full":
         total = layers * block
@@ -519,8 +520,7 @@ def activation_bytes(vit: ViTConfig, config: TrainConfig, images: int) -> int:
         total = math.ceil(layers / n) * entry + min(n, layers) * block
     else:
         total = min(n, layers) * entry + max(layers - n, 0) * block + (block if n else 0)
-    fp8_weights = config.precision.endswith("-fp8") and layers * (4 * d * d + 2 * d * f) // t
-    return images * vit.seq_length * total + fp8_weights
+    return total
 
 
 def memory_plan(vit: ViTConfig, config: TrainConfig, tp: int, dp: int, micro: int) -> dict:
@@ -754,11 +754,14 @@ def _use_compile(config: TrainConfig, device: torch.device) -> bool:
     return device.type == "cuda" if config.compile is None else config.compile
 
 
-def compile_if_asked(model: ViT, config: TrainConfig, device: torch.device) -> None:
-    if _use_compile(config, device):
-        compile_blocks(model, config.tp_comm_overlap)
-    elif config.tp_comm_overlap:
-        raise ValueError("--tp-comm-overlap needs --compile")
+def compile_if_asked(model: ViT, config: TrainConfig, device: torch.device) -> str:
+    """Compiles the blocks where --compile or the device asks for it; returns what the log says."""
+    if not _use_compile(config, device):
+        if config.tp_comm_overlap:
+            raise ValueError("--tp-comm-overlap needs --compile")
+        return "not compiled"
+    overlap = compile_blocks(model, config.tp_comm_overlap)
+    return "compiled, tp collectives under the products" if overlap else "compiled"
 
 
 def end_processes() -> None:
@@ -787,7 +790,7 @@ def benchmark(config: TrainConfig, vit: ViTConfig, batch: tuple, grid: Grid, dev
         check_fp8(config, vit, micro, device)
         model, kernel, _ = build_model(config, vit, grid, device)
         optimizer = build_optimizer(config, model, grid)
-        compile_if_asked(model, config, device)
+        compiled = compile_if_asked(model, config, device)
     prepare, model = preparer(config, device), model.train()
 
     def random_batches():
@@ -830,8 +833,8 @@ def benchmark(config: TrainConfig, vit: ViTConfig, batch: tuple, grid: Grid, dev
         peak = peak_flops(device)
         planned = sum(memory_plan(vit, config, grid.tp.size, dp, micro).values()) / 2**30
         log.print(f"torch {torch.__version__}, {grid.world.size} x {_device_name(device)}, "
-                  f"dropout {vit.hidden_dropout}, {'' if _use_compile(config, device) else 'not '}"
-                  f"compiled, checkpointing {config.activation_checkpointing}")
+                  f"dropout {vit.hidden_dropout}, {compiled}, checkpointing "
+                  f"{config.activation_checkpointing}")
         row = {"model": config.model, "tp x dp": f"{grid.tp.size} x {dp}", "micro-batch": micro,
                "accumulation": accumulation, "precision": config.precision, "attention": kernel,
                "ms (min-max)": f"{1e3 * median:.1f} ({1e3 * times[0]:.1f}-{1e3 * times[-1]:.1f})",
@@ -1021,7 +1024,7 @@ def main(argv: list[str] | None = None) -> None:
         if resume is not None:
             meta = load_checkpoint(resume, optimizer)
             start_step, images_seen = meta["step"], meta["images_seen"]
-        compile_if_asked(model, config, device)
+        compiled = compile_if_asked(model, config, device)
 
     # ---- what will run
     decay, no_decay = optimizer.decay_names()
@@ -1032,8 +1035,7 @@ def main(argv: list[str] | None = None) -> None:
     log.print(f"data {config.data}: {len(train_set):,} training and {len(val_set):,} validation "
               f"images; {total_steps:,} steps = "
               f"{total_steps * config.global_batch_size / len(train_set):,.1f} epochs")
-    log.print(f"precision {config.precision}, attention {kernel} ({why}), "
-              f"{'' if _use_compile(config, device) else 'not '}compiled")
+    log.print(f"precision {config.precision}, attention {kernel} ({why}), {compiled}")
     log.print(f"weight decay {config.weight_decay} on {len(decay)} matrices, none on "
               f"{len(no_decay)} biases, norms, tokens and positions")
     if config.warmup_steps >= total_steps:
