@@ -387,11 +387,11 @@ if triton is not None:
             k = tl.load(qkv + keys + H * D, mask=n[:, None] < S, other=0.0)     # [KEYS, D]
             v = tl.load(qkv + keys + 2 * H * D, mask=n[:, None] < S, other=0.0)
             p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2E) - lse_m[:, None])
+            p = tl.where(n[None, :] < S, p, 0.0)  # at the keys that are not there it may be inf
             ds = (p * (tl.dot(dy_m, tl.trans(v)) - delta[:, None])).to(q.dtype)  # [QUERIES, KEYS]
             dv = tl.trans(tl.dot(tl.trans(dy_m), p.to(q.dtype)))                # [KEYS, D]
             dk = tl.trans(tl.dot(tl.trans(q), ds)) * scale
             dq += tl.dot(ds, k)
-            dk, dv = tl.where(n[:, None] < S, dk, 0.0), tl.where(n[:, None] < S, dv, 0.0)
             sum_dk += tl.sum(dk, 0)
             sum_dv += tl.sum(dv, 0)
             tl.store(dqkv + keys + H * D, dk.to(q.dtype), mask=n[:, None] < S)
