@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import difflib
 import hashlib
+import math
 import types
 import typing
 from dataclasses import dataclass, field, fields, replace
@@ -190,8 +191,8 @@ class TrainConfig:
                        "flash-attn"] = flag(
         "auto", "attention kernel; auto: the first that runs of this list, flash-attn left out")
     compile: bool | None = flag(None, "torch.compile the blocks (default: on CUDA)")
-    tp_comm_overlap: bool | None = flag(None, "compiled tensor parallelism: collectives under the "
-                                        "products (default: where the GPUs allow it)")
+    tp_comm_overlap: bool = flag(False, "tensor parallelism, compiled: collectives under the "
+                                 "products (GPUs of one host; not with fp8)")
     activation_checkpointing: Literal["none", "selective", "full"] = flag(
         "none", "selective: keep matrix products and attention; full: keep block inputs only")
     checkpoint_method: Literal["uniform", "block"] = flag(
@@ -451,9 +452,18 @@ def largest_micro_batch(config: TrainConfig, on_gpu: bool) -> int:
     return (MICRO_BATCH.get(config.model, 256) if on_gpu else 64) * config.tensor_parallel_size
 
 
-def plan_batch(config: TrainConfig, world: int, on_gpu: bool) -> tuple[int, int, int]:
+def micro_batch_step(config: TrainConfig, vit: ViTConfig) -> int:
+    """What divides every legal micro-batch: tp, since each rank owns micro / tp images, and with
+    fp8 products what makes the tokens a multiple of 16."""
+    fp8 = 16 // math.gcd(vit.seq_length, 16) if config.precision.endswith("-fp8") else 1
+    return math.lcm(config.tensor_parallel_size, fp8)
+
+
+def plan_batch(config: TrainConfig, world: int, on_gpu: bool,
+               step: int = 1) -> tuple[int, int, int]:
     """Splits the global batch: global = micro x dp x accumulation, with dp = world / tp.
 
+    step: of micro_batch_step, for a micro-batch that is not given.
     Returns (micro_batch_size, dp, accumulation). Each rank holds micro_batch_size / tp images.
     Raises ValueError naming the nearest legal values.
     """
@@ -471,8 +481,14 @@ def plan_batch(config: TrainConfig, world: int, on_gpu: bool) -> tuple[int, int,
     legal = [m for m in divisors(total // dp) if m % tp == 0]
     micro = config.micro_batch_size
     if micro is None:
-        most = largest_micro_batch(config, on_gpu)
-        micro = max([m for m in legal if m <= most], default=legal[0])
+        most, fit = largest_micro_batch(config, on_gpu), [m for m in legal if m % step == 0]
+        if not fit:
+            unit = step * dp
+            raise ValueError(f"--global-batch-size {total} must be a multiple of {unit}, dp {dp} x "
+                             f"the {step} images that fp8 products need (a multiple of 16 tokens); "
+                             f"nearest: {total // unit * unit or unit}, "
+                             f"{total // unit * unit + unit}")
+        micro = max([m for m in fit if m <= most], default=fit[0])
     if micro % tp:
         near = sorted({m for m in (micro // tp * tp, micro // tp * tp + tp) if m})
         raise ValueError(f"--micro-batch-size {micro} must be divisible by --tensor-parallel-size "

@@ -934,9 +934,9 @@ def test_tensor_parallel_equals_the_unsplit_model(tp, recompute):
 
 
 def test_tensor_parallel_fp8_is_the_unsplit_model_within_fp8():
-    """tp 2, every gathered gradient against the plain fp32 model: within 25 % of its norm. Each
-    rank rounds its own shards; e5m2 rounds by some 5 %, and the first block's gradients pass it
-    eight times. A lost share would be 50 % or more."""
+    """tp 2, every gathered gradient against the plain fp32 model: within 25 % of its norm, and the
+    blocks' at least 2 % away. Each rank rounds its own shards; e5m2 rounds by some 5 %, and the
+    first block's gradients pass it eight times. A lost share would be 50 % or more."""
     config = replace(TINY, head="mlp")
     model = build(config, Grid(), random_weights(config))
     weight = torch.cat([torch.randn(4, config.num_classes, generator=_generator("w", r))
@@ -944,29 +944,42 @@ def test_tensor_parallel_fp8_is_the_unsplit_model_within_fp8():
     (model(batch_of(config, 8)[0]) * weight).sum().backward()
     for result in run_ranks(2, _tensor_parallel_run, 2, dict(fp8=True))[0]:
         for name, exact in gradients(model).items():
-            assert (result[2][name].float() - exact).norm() < 0.25 * exact.norm(), name
+            error = (result[2][name].float() - exact).norm() / exact.norm()
+            low = 0.02 if name.startswith("blocks.0.") and name.endswith("weight") else 0
+            assert low <= error < 0.25, name
 
 
-@pytest.mark.parametrize("local_world, reach, wanted, taken", [
-    (4, True, None, True), (4, True, False, False), (4, False, None, False),
-    (1, True, None, False)])
-def test_tp_overlap_is_taken_where_gpus_reach_each_other(monkeypatch, local_world, reach, wanted,
-                                                         taken):
+@pytest.mark.parametrize("local_world, reach", [(4, True), (4, False), (1, True)])
+def test_tp_overlap_is_for_gpus_that_reach_each_other(monkeypatch, local_world, reach):
     """GPU 3 of a host, tp 2: the pair (2, 3) must have peer access and the group stay on the host;
-    asked for where it cannot be, it is an error."""
+    otherwise it is an error."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer",
                         lambda device, peer: reach and (device.index, peer) == (3, 2))
     enabled = []
-    monkeypatch.setattr(parallel, "enable_symm_mem_for_group", enabled.append)
+    monkeypatch.setattr(dist._symmetric_memory, "enable_symm_mem_for_group", enabled.append)
     tp = parallel.Axis(1, 2, type("Group", (), {"group_name": "tp"}))
-    options = parallel.overlap_options(tp, torch.device("cuda", 3), wanted)
-    assert options == ({"_micro_pipeline_tp": True} if taken else {})
-    assert enabled == (["tp"] if taken else [])
-    if wanted is None and not taken:
+    if (local_world, reach) == (4, True):
+        options = parallel.overlap_options(tp, torch.device("cuda", 3))
+        assert options == {"_micro_pipeline_tp": True} and enabled == ["tp"]
+    else:
         with pytest.raises(ValueError, match="--tp-comm-overlap needs"):
-            parallel.overlap_options(tp, torch.device("cuda", 3), True)
+            parallel.overlap_options(tp, torch.device("cuda", 3))
+
+
+def test_a_bias_apart_is_the_same_layer():
+    """As --tp-comm-overlap computes it: equal to the fused one in fp32 up to the last bit (1e-6),
+    and bf16 under autocast, which a sum with an fp32 bias would make fp32."""
+    layer = parallel.ColumnParallelLinear(32, 48, parallel.Axis())
+    for param in layer.parameters():
+        torch.nn.init.normal_(param, generator=_generator(param.shape))
+    x = torch.randn(2, 5, 32, generator=_generator("x"))
+    fused = layer(x)
+    layer.bias_apart = True
+    assert (layer(x) - fused).abs().max() < 1e-6 * fused.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
 
 
 def test_a_block_makes_two_plus_two_collectives_each_way():
@@ -1879,9 +1892,10 @@ BAD_INPUT = [
     (1, ["--epochs", "3"], "--epochs and --max-steps contradict each other"),
     (1, ["--attention", "triton"], "it needs Triton, CUDA and bf16. Legal here: auto, flash, math"),
     (1, ["--precision", "bf16-O2-fp8"], "capability 8.9 or higher), not CPU"),
-    (1, ["--precision", "bf16-O2-fp8", "--micro-batch-size", "8"], "is 56; nearest: 16"),
+    (1, ["--precision", "bf16-O2-fp8", "--micro-batch-size", "8"], "is 56; legal with"),
     (1, ["--precision", "bf16-O2-fp8", "--hidden-size", "40"], "to be a multiple of 16"),
-    (1, ["--tp-comm-overlap"], "--tp-comm-overlap needs --compile"),
+    (1, ["--precision", "bf16-O2-fp8", "--global-batch-size", "24"], "nearest: 16, 32"),
+    (1, ["--tp-comm-overlap"], "--tp-comm-overlap needs --tensor-parallel-size above 1"),
     (1, ["--profile"], "--profile needs --benchmark N"),
     (1, ["--benchmark", "2"], "--data has no effect with --benchmark"),
 ]

@@ -58,6 +58,7 @@ from configs import (
     divisors,
     largest_micro_batch,
     legal_tensor_parallel_sizes,
+    micro_batch_step,
     parse_args,
     plan_batch,
     stable_seed,
@@ -571,10 +572,10 @@ def dry_run(config: TrainConfig, vit: ViTConfig, train_set, val_set, total_steps
     parts = " + ".join(f"{name} {size / gib:.2f}" for name, size in plan.items())
     print(f"memory       {sum(plan.values()) / gib:.2f} GiB per rank on {device.type} = {parts}")
     print(f"checkpoint   {vit.num_params * 4 * 3 / gib:.2f} GiB at most")
-    legal_tp = legal_tensor_parallel_sizes(vit)
+    legal_tp, step = legal_tensor_parallel_sizes(vit), micro_batch_step(config, vit)
     print(f"legal --tensor-parallel-size  {', '.join(map(str, legal_tp))}")
     print(f"legal --micro-batch-size      "
-          f"{', '.join(str(m) for m in divisors(total // dp) if m % tp == 0)}")
+          f"{', '.join(str(m) for m in divisors(total // dp) if m % step == 0)}")
     print("weights + gradients + optimizer, GiB per rank:")
     worlds = [1, 2, 4, 8, 16, 32, 64]
     print("  processes " + "".join(f"{n:>8}" for n in worlds))
@@ -681,7 +682,8 @@ def build_model(config: TrainConfig, vit: ViTConfig, grid: Grid, device):
     return model, kernel, why
 
 
-def check_fp8(config: TrainConfig, vit: ViTConfig, micro: int, device: torch.device) -> None:
+def check_fp8(config: TrainConfig, vit: ViTConfig, micro: int, world: int,
+              device: torch.device) -> None:
     """Raises ValueError if --precision bf16-O2-fp8 cannot run: the sizes, and (except in a dry run)
     the device."""
     if not config.precision.endswith("-fp8"):
@@ -691,12 +693,15 @@ def check_fp8(config: TrainConfig, vit: ViTConfig, micro: int, device: torch.dev
         if getattr(vit, name) % (16 * tp):
             raise ValueError(f"--precision {config.precision} needs {name} {getattr(vit, name)} to "
                              f"be a multiple of 16 x --tensor-parallel-size {tp} = {16 * tp}")
-    if micro * vit.seq_length % 16:
-        step = math.lcm(16 // math.gcd(vit.seq_length, 16), tp)
-        near = sorted({micro // step * step or step, micro // step * step + step})
-        raise ValueError(f"--precision {config.precision} needs a multiple of 16 tokens, and "
-                         f"--micro-batch-size {micro} x {vit.seq_length} tokens is "
-                         f"{micro * vit.seq_length}; nearest: {', '.join(map(str, near))}")
+    step = micro_batch_step(config, vit)
+    if micro % step:
+        share = config.global_batch_size * tp // world  # images of a replica in a step
+        legal = [m for m in divisors(share) if m % step == 0]
+        raise ValueError(
+            f"--precision {config.precision} needs a multiple of 16 tokens, and --micro-batch-size "
+            f"{micro} x {vit.seq_length} tokens is {micro * vit.seq_length}; legal with "
+            f"--global-batch-size {config.global_batch_size}: "
+            f"{', '.join(map(str, legal)) or f'none, as {share} is no multiple of {step}'}")
     if not config.dry_run and (device.type != "cuda" or
                                torch.cuda.get_device_capability(device) < (8, 9)):
         raise ValueError(f"--precision {config.precision} needs a GPU with fp8 products (compute "
@@ -757,11 +762,9 @@ def _use_compile(config: TrainConfig, device: torch.device) -> bool:
 def compile_if_asked(model: ViT, config: TrainConfig, device: torch.device) -> str:
     """Compiles the blocks where --compile or the device asks for it; returns what the log says."""
     if not _use_compile(config, device):
-        if config.tp_comm_overlap:
-            raise ValueError("--tp-comm-overlap needs --compile")
         return "not compiled"
-    overlap = compile_blocks(model, config.tp_comm_overlap)
-    return "compiled, tp collectives under the products" if overlap else "compiled"
+    compile_blocks(model, config.tp_comm_overlap)
+    return "compiled" + config.tp_comm_overlap * ", tp collectives under the products"
 
 
 def end_processes() -> None:
@@ -787,7 +790,7 @@ def benchmark(config: TrainConfig, vit: ViTConfig, batch: tuple, grid: Grid, dev
         source = config.benchmark_data and on_rank_0(
             grid, lambda: data.open_data(config.benchmark_data, vit.image_hw))[0]
         vit = dataclasses.replace(vit, num_classes=len(source.classes)) if source else vit
-        check_fp8(config, vit, micro, device)
+        check_fp8(config, vit, micro, grid.world.size, device)
         model, kernel, _ = build_model(config, vit, grid, device)
         optimizer = build_optimizer(config, model, grid)
         compiled = compile_if_asked(model, config, device)
@@ -951,12 +954,18 @@ def main(argv: list[str] | None = None) -> None:
                 f"--tensor-parallel-size {config.tensor_parallel_size} must divide the "
                 f"{vit.num_attention_heads} heads and the MLP width {vit.ffn_hidden_size}; "
                 f"legal for {config.model}: {', '.join(map(str, legal_tp))}")
+        if config.tp_comm_overlap and (
+                config.tensor_parallel_size == 1 or config.precision.endswith("-fp8")
+                or config.compile is False or (device_type == "cpu" and not config.dry_run)):
+            raise ValueError("--tp-comm-overlap needs --tensor-parallel-size above 1, GPUs, "
+                             "compiled blocks (no --no-compile) and a --precision without fp8")
         if config.benchmark and "global_batch_size" not in given:  # one micro-batch a step
             micro = config.micro_batch_size or largest_micro_batch(config, device_type == "cuda")
             config = dataclasses.replace(config, global_batch_size=micro * max(
                 world // config.tensor_parallel_size, 1))
         if not config.checkpoint:
-            micro, dp, accumulation = batch = plan_batch(config, world, device_type == "cuda")
+            micro, dp, accumulation = batch = plan_batch(
+                config, world, device_type == "cuda", micro_batch_step(config, vit))
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
             torch.use_deterministic_algorithms(True)
@@ -998,7 +1007,7 @@ def main(argv: list[str] | None = None) -> None:
         elif config.recipe == "finetune" and resume is None and not config.dry_run:
             raise ValueError("--recipe finetune needs --init-from WEIGHTS: a checkpoint or output "
                              "directory of this program, or a file of another library")
-        check_fp8(config, vit, micro, device)
+        check_fp8(config, vit, micro, world, device)
         if config.dry_run:
             if rank == 0:
                 dry_run(config, vit, train_set, val_set, total_steps, batch, device)
