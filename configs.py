@@ -251,6 +251,16 @@ class TrainConfig:
     format: Literal["timm", "hf", "torchvision"] = flag(
         "timm", "library of --export; hf: FILE is FOLDER/model.safetensors, for from_pretrained")
 
+    @property
+    def o2(self) -> bool:
+        """bf16 weights, fp32 masters."""
+        return self.precision.startswith("bf16-O2")
+
+    @property
+    def fp8(self) -> bool:
+        """The blocks' products in fp8, in training."""
+        return self.precision.endswith("-fp8")
+
     def __post_init__(self):
         _check_choices(self)
         for name in ("epochs", "max_steps", "global_batch_size", "micro_batch_size", "adam_eps",
@@ -455,7 +465,7 @@ def largest_micro_batch(config: TrainConfig, on_gpu: bool) -> int:
 def micro_batch_step(config: TrainConfig, vit: ViTConfig) -> int:
     """What divides every legal micro-batch: tp, since each rank owns micro / tp images, and with
     fp8 products what makes the tokens a multiple of 16."""
-    fp8 = 16 // math.gcd(vit.seq_length, 16) if config.precision.endswith("-fp8") else 1
+    fp8 = 16 // math.gcd(vit.seq_length, 16) if config.fp8 else 1
     return math.lcm(config.tensor_parallel_size, fp8)
 
 

@@ -1916,6 +1916,14 @@ def test_bad_input_gets_one_clear_error(world, flags, message, tmp_path):
     assert not list(tmp_path.glob("o/checkpoints/step_*"))
 
 
+def test_a_profile_that_cannot_be_written_is_an_error_before_the_first_step():
+    """One line with the directory, exit code 2: not a traceback after the measurement."""
+    argv = ["--benchmark", "1", "--profile", "--output-dir", "/proc/x"]
+    _, codes, outputs = run_ranks(1, train.main, argv, check=False)
+    assert codes == [2] and "Traceback" not in outputs[0] and "images/s" not in outputs[0]
+    assert "--output-dir /proc/x cannot be written" in outputs[0]
+
+
 def _main_of_a_world(environment, argv):
     os.environ.update(environment)
     train.main(argv)

@@ -370,7 +370,7 @@ def open_model(config: TrainConfig, vit: ViTConfig, weights: Weights, grid: Grid
     fitted, report = fit_weights(weights, vit)
     model, kernel, why = build_model(config, vit, grid, device)
     load_weights(model, fitted)
-    if config.precision.startswith("bf16-O2"):
+    if config.o2:
         model.to(torch.bfloat16)
     compile_if_asked(model, config, device)
     log.print(f"model {config.model} of {config.checkpoint} ({weights.format}): "
@@ -511,7 +511,7 @@ def activation_bytes(vit: ViTConfig, config: TrainConfig, images: int) -> int:
     block = tokens * (element * (6 * d + 2 * t * d + 2 * f) + masks)
     if config.activation_checkpointing == "selective":
         block = tokens * element * (7 * d + f)
-    elif config.precision.endswith("-fp8"):
+    elif config.fp8:
         block = tokens * (2 * (6 * d + f) + (2 * t + 1) * d + f + masks) + 2 * d * (2 * d + f) // t
     entry = tokens * 2 * element * d
     layers, n = vit.num_layers, config.checkpoint_num_layers
@@ -530,12 +530,11 @@ def memory_plan(vit: ViTConfig, config: TrainConfig, tp: int, dp: int, micro: in
     with torch.device("meta"):
         model = ViT(vit, grid)
     buckets = [bucket for unit in plan_buckets(model, grid) for bucket in unit]
-    o2 = config.precision.startswith("bf16-O2")
     moments = 2 if config.optimizer == "adamw" else (1 if config.momentum else 0)
-    return {"weights": sum(_block(b.numel * (2 if o2 else 4)) for b in buckets),
+    return {"weights": sum(_block(b.numel * (2 if config.o2 else 4)) for b in buckets),
             "gradients": sum(_block(b.numel * 4) for b in buckets),
-            "masters and moments": (moments + o2) * sum(_block((b.end - b.begin) * 4)
-                                                        for b in buckets),
+            "masters and moments": (moments + config.o2) * sum(
+                _block((b.end - b.begin) * 4) for b in buckets),
             "activations": activation_bytes(vit, config, micro // tp)}
 
 
@@ -678,7 +677,7 @@ def build_model(config: TrainConfig, vit: ViTConfig, grid: Grid, device):
                     activation_checkpointing=config.activation_checkpointing,
                     checkpoint_method=config.checkpoint_method,
                     checkpoint_num_layers=config.checkpoint_num_layers,
-                    fp8=config.precision.endswith("fp8"), seed=config.seed)
+                    fp8=config.fp8, seed=config.seed)
     return model, kernel, why
 
 
@@ -686,7 +685,7 @@ def check_fp8(config: TrainConfig, vit: ViTConfig, micro: int, world: int,
               device: torch.device) -> None:
     """Raises ValueError if --precision bf16-O2-fp8 cannot run: the sizes, and (except in a dry run)
     the device."""
-    if not config.precision.endswith("-fp8"):
+    if not config.fp8:
         return
     tp = config.tensor_parallel_size
     for name in ("hidden_size", "ffn_hidden_size"):
@@ -712,7 +711,7 @@ def check_fp8(config: TrainConfig, vit: ViTConfig, micro: int, world: int,
 def build_optimizer(config: TrainConfig, model: ViT, grid: Grid) -> ShardedOptimizer:
     return ShardedOptimizer(
         model, grid, optimizer=config.optimizer, weight_decay=config.weight_decay,
-        weight_dtype=torch.bfloat16 if config.precision.startswith("bf16-O2") else torch.float32,
+        weight_dtype=torch.bfloat16 if config.o2 else torch.float32,
         betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
         momentum=config.momentum, clip_grad=config.clip_grad)
 
@@ -731,7 +730,7 @@ def preparer(config: TrainConfig, device: torch.device):
     upload, normalize = Upload(device), data.normalize
     if _use_compile(config, device):
         normalize = torch.compile(normalize, fullgraph=True, dynamic=False)
-    dtype = torch.bfloat16 if config.precision.startswith("bf16-O2") else torch.float32
+    dtype = torch.bfloat16 if config.o2 else torch.float32
 
     def prepare(images, *jitter):
         images, *jitter = upload(images, *jitter)
@@ -787,6 +786,9 @@ def benchmark(config: TrainConfig, vit: ViTConfig, batch: tuple, grid: Grid, dev
     micro, dp, accumulation = batch
     log, local_batch = Log(grid), micro // grid.tp.size
     with user_errors(grid.world.rank):
+        if config.profile:
+            folder = Path(config.output_dir) / "profile"
+            on_rank_0(grid, lambda: check_writable(config.output_dir, folder))
         source = config.benchmark_data and on_rank_0(
             grid, lambda: data.open_data(config.benchmark_data, vit.image_hw))[0]
         vit = dataclasses.replace(vit, num_classes=len(source.classes)) if source else vit
@@ -941,7 +943,7 @@ def main(argv: list[str] | None = None) -> None:
         if config.checkpoint:
             weights = read_weights(config.checkpoint, config.init_image_size)
             config, vit, _ = adopt(weights, config, vit, given)
-            if config.precision.endswith("-fp8"):
+            if config.fp8:
                 raise ValueError(f"--precision {config.precision} is for training; legal here: "
                                  "fp32, bf16, bf16-O2")
         if config.export:
@@ -955,7 +957,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{vit.num_attention_heads} heads and the MLP width {vit.ffn_hidden_size}; "
                 f"legal for {config.model}: {', '.join(map(str, legal_tp))}")
         if config.tp_comm_overlap and (
-                config.tensor_parallel_size == 1 or config.precision.endswith("-fp8")
+                config.tensor_parallel_size == 1 or config.fp8
                 or config.compile is False or (device_type == "cpu" and not config.dry_run)):
             raise ValueError("--tp-comm-overlap needs --tensor-parallel-size above 1, GPUs, "
                              "compiled blocks (no --no-compile) and a --precision without fp8")
