@@ -223,8 +223,9 @@ class ViT(nn.Module):
         full       whole blocks; NeMo's activations_checkpoint_granularity=full:
                    uniform: every run of checkpoint_num_layers blocks keeps only its input
                    block:   the first checkpoint_num_layers blocks keep only their inputs, each
-    Dropout is replayed exactly (the random state is restored for the recomputation).
-    fp8: the blocks' matrix products in training (parallel.Fp8Linear); the weights are bf16 on CUDA.
+    Dropout is replayed exactly: its seeds are arguments, and the random state, which drop path and
+    attention's dropout use, is restored for the recomputation.
+    fp8: the blocks' matrix products in training are parallel.Fp8Linear's; weights in bf16.
     seed: each full parameter is drawn from (seed, its name), then cut for tp: same model always.
     """
 

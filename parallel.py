@@ -1,4 +1,5 @@
-"""How it is split: the process grid, column/row-parallel layers, ZeRO-1, layout-free checkpoints.
+"""How it is split: the process grid, column/row-parallel layers (with their products in fp8 too),
+ZeRO-1, layout-free checkpoints.
 
 One idea carries it: every rank owns its own images. The residual stream of a rank holds that rank's
 images only, inside a tensor-parallel group too, so norms, dropout, residuals, patch embedding, head
