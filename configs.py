@@ -193,6 +193,8 @@ class TrainConfig:
     compile: bool | None = flag(None, "torch.compile the blocks (default: on CUDA)")
     tp_comm_overlap: bool = flag(False, "tensor parallelism, compiled: collectives under the "
                                  "products (GPUs of one host; not with fp8)")
+    peer_copies: bool | None = flag(None, "sum gradients by copies between the GPUs instead of "
+                                    "NCCL (default: where one host has all of them)")
     activation_checkpointing: Literal["none", "selective", "full"] = flag(
         "none", "selective: keep matrix products and attention; full: keep block inputs only")
     checkpoint_method: Literal["uniform", "block"] = flag(

@@ -10,6 +10,7 @@ import csv
 import gc
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -23,6 +24,7 @@ import tempfile
 import textwrap
 import time
 import traceback
+import types
 import weakref
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -1081,6 +1083,75 @@ def test_zero1_equals_torch_optim_over_50_steps(kind):
         assert max_difference(weights[rank], dict(model.state_dict())) < 1e-6
 
 
+class FileMemory:
+    """torch's symmetric memory for processes on a CPU: files that all of them map."""
+
+    def __init__(self, folder):
+        self.folder, self.names = folder, itertools.count()
+
+    def empty(self, numel, dtype, device):
+        self.name, self.numel = next(self.names), numel
+        self.dtype = dtype
+        return self.map(dist.get_rank())
+
+    def map(self, rank):
+        return torch.from_file(f"{self.folder}/{self.name}_{rank}", True, self.numel,
+                               dtype=self.dtype)
+
+    def rendezvous(self, memory, group_name):
+        group = dist.distributed_c10d._resolve_process_group(group_name)
+        dist.barrier(group)
+        memories = [self.map(rank) for rank in dist.get_process_group_ranks(group)]
+
+        def get_buffer(rank, shape, dtype, offset):
+            return memories[rank][offset:offset + math.prod(shape)].view(shape)
+        return types.SimpleNamespace(get_buffer=get_buffer, barrier=lambda: dist.barrier(group))
+
+
+def _peer_copies(tp, folder):
+    """Full weights and norms after training with gloo's reduce-scatter, and with peer copies."""
+    world = int(os.environ["WORLD_SIZE"])
+    nothing = types.SimpleNamespace(wait_stream=lambda stream: None, wait=lambda: None)
+    nothing.record_event = lambda: nothing
+    torch.cuda.Stream = torch.cuda.current_stream = lambda: nothing
+    torch.cuda.stream = contextlib.nullcontext
+    parallel.enable_symmetric_memory = lambda group: None
+    parallel.symm_mem = FileMemory(folder)
+    results = []
+    for parallel.peers_in_reach in (lambda *_: False, lambda axis, device: axis.size > 1):
+        results.append(_train_steps(tp, world // tp, 4, dict(optimizer="sgd", clip_grad=0.1),
+                                    accumulation=2))
+    return results, next(parallel.symm_mem.names)
+
+
+@pytest.mark.parametrize("world, tp", [(3, 1), (4, 2)])
+def test_gradients_summed_by_peer_copies_are_the_reduce_scattered_ones(world, tp, tmp_path):
+    """4 clipped SGD steps of 2 micro-batches, as between the GPUs of a host but through files:
+    weights within 1e-6 of gloo's (sums of 3 or 4 in another order), with tp 2 for the buckets that
+    are summed over dp and those over the world."""
+    for (reference, copied), memories in run_ranks(world, _peer_copies, tp, tmp_path)[0]:
+        assert memories == (1 if tp == 1 else 2)
+        assert reference[1] == pytest.approx(copied[1], rel=1e-5)  # norms
+        assert max_difference(reference[2], copied[2]) < 1e-6
+
+
+def _reach(reach, hosts):
+    rank = int(os.environ["RANK"])
+    grid_of(1)
+    grid = make_grid(1, "cpu")
+    socket.gethostname = lambda: hosts[rank]
+    torch.cuda.can_device_access_peer = lambda device, peer: (device.index, peer) in reach
+    return [parallel.peers_in_reach(grid.world, torch.device(*place))
+            for place in [("cuda", rank), ("cpu",)]]
+
+
+@pytest.mark.parametrize("hosts, reach, expected", [
+    ("aa", {(0, 1), (1, 0)}, True), ("aa", {(0, 1)}, False), ("ab", {(0, 1), (1, 0)}, False)])
+def test_peer_copies_are_for_gpus_of_one_host_that_reach_each_other(hosts, reach, expected):
+    """All ranks agree, also where only one of them is told that it cannot reach the other."""
+    assert run_ranks(2, _reach, reach, hosts)[0] == [[expected, False]] * 2
+
+
 def test_weight_decay_is_on_matrices_only():
     """The printed list: weights of linear layers and the patch projection, nothing else."""
     decay, none = _optimizer(ViT(TINY), Grid()).decay_names()
@@ -1895,6 +1966,7 @@ BAD_INPUT = [
     (1, ["--precision", "bf16-O2-fp8", "--micro-batch-size", "8"], "is 56; legal with"),
     (1, ["--precision", "bf16-O2-fp8", "--hidden-size", "40"], "to be a multiple of 16"),
     (1, ["--precision", "bf16-O2-fp8", "--global-batch-size", "24"], "nearest: 16, 32"),
+    (1, ["--peer-copies"], "--peer-copies needs several GPUs of one host"),
     (1, ["--tp-comm-overlap"], "--tp-comm-overlap needs --tensor-parallel-size above 1"),
     (1, ["--profile"], "--profile needs --benchmark N"),
     (1, ["--benchmark", "2"], "--data has no effect with --benchmark"),

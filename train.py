@@ -265,10 +265,12 @@ class Log:
         self.bar = None
 
 
-def memory_gib(device: torch.device) -> float:
-    """Peak memory of this process: the CUDA allocator's, or resident memory on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
+def memory_gib(optimizer: ShardedOptimizer) -> float:
+    """Peak memory of this process: the CUDA allocator's and what peers read, which is not in it; or
+    resident memory on the CPU."""
+    if optimizer.device.type == "cuda":
+        peers = sum(peers.memory.nbytes for peers in optimizer.peers.values())
+        return (torch.cuda.max_memory_allocated() + peers) / 2**30
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
@@ -713,7 +715,7 @@ def build_optimizer(config: TrainConfig, model: ViT, grid: Grid) -> ShardedOptim
         model, grid, optimizer=config.optimizer, weight_decay=config.weight_decay,
         weight_dtype=torch.bfloat16 if config.o2 else torch.float32,
         betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
-        momentum=config.momentum, clip_grad=config.clip_grad)
+        momentum=config.momentum, clip_grad=config.clip_grad, peer_copies=config.peer_copies)
 
 
 def kernel_context(kernel: str):
@@ -839,14 +841,15 @@ def benchmark(config: TrainConfig, vit: ViTConfig, batch: tuple, grid: Grid, dev
         planned = sum(memory_plan(vit, config, grid.tp.size, dp, micro).values()) / 2**30
         log.print(f"torch {torch.__version__}, {grid.world.size} x {_device_name(device)}, "
                   f"dropout {vit.hidden_dropout}, {compiled}, checkpointing "
-                  f"{config.activation_checkpointing}")
+                  f"{config.activation_checkpointing}"
+                  + ", gradients summed by peer copies" * bool(optimizer.peers))
         row = {"model": config.model, "tp x dp": f"{grid.tp.size} x {dp}", "micro-batch": micro,
                "accumulation": accumulation, "precision": config.precision, "attention": kernel,
                "ms (min-max)": f"{1e3 * median:.1f} ({1e3 * times[0]:.1f}-{1e3 * times[-1]:.1f})",
                "images/s per GPU": f"{rate / grid.world.size:,.1f}", "in all": f"{rate:,.1f}",
                "TFLOP/s": f"{flops / 1e12:.3g}",
                "MFU": f"{100 * flops / peak:.1f} %" if peak else "-",
-               "GiB (planned)": f"{memory_gib(device):.3g} ({planned:.3g})"}
+               "GiB (planned)": f"{memory_gib(optimizer):.3g} ({planned:.3g})"}
         width = [max(len(name), len(str(value))) for name, value in row.items()]
         for cells in (row, row.values()):
             log.print("  ".join(f"{cell:>{w}}" for cell, w in zip(cells, width, strict=True)))
@@ -1046,7 +1049,8 @@ def main(argv: list[str] | None = None) -> None:
     log.print(f"data {config.data}: {len(train_set):,} training and {len(val_set):,} validation "
               f"images; {total_steps:,} steps = "
               f"{total_steps * config.global_batch_size / len(train_set):,.1f} epochs")
-    log.print(f"precision {config.precision}, attention {kernel} ({why}), {compiled}")
+    log.print(f"precision {config.precision}, attention {kernel} ({why}), {compiled}"
+              + ", gradients summed by peer copies" * bool(optimizer.peers))
     log.print(f"weight decay {config.weight_decay} on {len(decay)} matrices, none on "
               f"{len(no_decay)} biases, norms, tokens and positions")
     if config.warmup_steps >= total_steps:
@@ -1113,7 +1117,7 @@ def main(argv: list[str] | None = None) -> None:
         values = dict(
             step=step, epoch=round(epoch, 4), loss=loss_sum / max(count, 1),
             accuracy=correct / max(count, 1), lr=learning_rate(step - 1, config, total_steps),
-            grad_norm=norm, images_per_second=rate, mfu=mfu, memory_gib=memory_gib(device),
+            grad_norm=norm, images_per_second=rate, mfu=mfu, memory_gib=memory_gib(optimizer),
             data_wait=clock["wait"] / seconds)
         log.metrics(values)
         line = (f"step {step:>6} | loss {values['loss']:.4f} | acc {values['accuracy']:.3f} | lr "
