@@ -26,7 +26,6 @@ t = tp size, N = size of the group that shares a bucket; `_local` and `/t` mark 
 import json
 import os
 import shutil
-import socket
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -446,12 +445,11 @@ def peers_in_reach(axis: Axis, device: torch.device) -> bool:
     Collective."""
     if axis.size == 1 or device.type != "cuda":
         return False
-
-    places, host = [None] * axis.size, socket.gethostname()
-    dist.all_gather_object(places, (host, device.index), group=axis.group)
-    del places[axis.rank]
-    mine = all(other == host and torch.cuda.can_device_access_peer(device, index)
-               for other, index in places)
+    ranks = dist.get_process_group_ranks(axis.group)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    mine = len({rank // local_world for rank in ranks}) == 1 and all(
+        torch.cuda.can_device_access_peer(device, rank % local_world)
+        for rank in ranks if rank != dist.get_rank())
     answers = [None] * axis.size
     dist.all_gather_object(answers, mine, group=axis.group)
     return all(answers)
