@@ -409,8 +409,8 @@ if triton is not None:
 @torch.library.custom_op("vit::short_attention_backward", mutates_args=())
 def short_attention_backward(qkv: torch.Tensor, y: torch.Tensor, dy: torch.Tensor,
                              lse: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dqkv [B, S, 3D], its sums over tokens [B, 3D] in fp32) from y, dy [B, S, D] and the
-    log-sum-exp of each query's scores [B, nh, S]. B and nh may be a rank's share."""
+    """(dqkv [B, S, 3D], its exact sums over tokens [B, 3D] in fp32, 0 for k) from y, dy [B, S, D]
+    and the log-sum-exp of each query's scores [B, nh, S]. B and nh may be a rank's share."""
     B, S, width = qkv.shape
     heads = width // 3 // head_dim
     dqkv, sums = torch.empty_like(qkv), qkv.new_empty(B, width, dtype=torch.float32)

@@ -26,6 +26,7 @@ t = tp size, N = size of the group that shares a bucket; `_local` and `/t` mark 
 import json
 import os
 import shutil
+import socket
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -150,11 +151,7 @@ def overlap_options(tp: Axis, device: torch.device) -> dict:
     micro-batch 128 (torch 2.11): 469 images/s, without 439. Raises ValueError where the GPUs cannot
     read each other's memory.
     """
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    first = (device.index or 0) // tp.size * tp.size
-    if (device.type != "cuda" or local_world % tp.size or torch.cuda.device_count() < local_world
-            or not all(torch.cuda.can_device_access_peer(device, peer)
-                       for peer in range(first, first + tp.size) if peer != device.index)):
+    if not peers_in_reach(tp, device):
         raise ValueError("--tp-comm-overlap needs tensor-parallel groups within a host, of GPUs "
                          "that read each other's memory (NVLink); leave it out here")
     enable_symmetric_memory(tp.group)
@@ -395,25 +392,27 @@ def uses_weight_decay(name: str, param: nn.Parameter) -> bool:
 
 
 class PeerMemory:
-    """One fp32 buffer on each GPU of a host, which the others read: gradients are reduced in it
-    by copy engines instead of NCCL.
+    """One fp32 buffer on each GPU of a host, which the others read: gradients are exchanged by copy
+    engines, and added by a small kernel, instead of NCCL.
 
     NCCL's reduce-scatter runs on some of the GPU's processors, and cuBLAS's matrix products want
     all of them at once: the product beside it needs a second round. For g/14 at 64 on 2 H200 (torch
     2.11) that is a weight gradient in every block, 677 us instead of 374; with copies 395. Images/s
-    of the two, one micro-batch a step: g/14 526 and 543, L/16 at 256 2,471 and 2,496.
+    of the two, one micro-batch a step: g/14 527 and 543, L/16 at 256 2,471 and 2,496.
     """
 
     def __init__(self, numel: int, largest: int, axis: Axis, device: torch.device):
         """numel: of all buckets that reduce over `axis`; largest: of one rank's slice of one."""
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not used here
         enable_symmetric_memory(axis.group)
         self.axis, self.taken, self.stream = axis, 0, torch.cuda.Stream()
+        torch.cuda.empty_cache()  # this memory does not come from torch's cache
+        self.memory = symm_mem.empty(numel, dtype=torch.float32, device=device).zero_()
         try:
-            self.memory = symm_mem.empty(numel, dtype=torch.float32, device=device).zero_()
             self.handle = symm_mem.rendezvous(self.memory, axis.group.group_name)
         except RuntimeError as e:
-            reason = str(e).strip().splitlines()[0]
-            raise ValueError(f"these GPUs do not share memory ({reason}): --no-peer-copies") from e
+            raise ValueError(f"these GPUs do not share memory ({str(e).strip().splitlines()[0]}); "
+                             f"give --no-peer-copies, and NCCL sums the gradients") from e
         self.received = torch.empty(largest, device=device)
 
     def take(self, numel: int) -> torch.Tensor:
@@ -422,8 +421,8 @@ class PeerMemory:
         return self.memory[self.taken - numel:self.taken]
 
     def reduce_scatter(self, mine: torch.Tensor) -> torch.cuda.Event:
-        """Adds the peers' elements at this place to `mine`, a part of `memory` that only this rank
-        changes. Asynchronous: returns the event of its end.
+        """Adds the peers' elements at this place to `mine`, this rank's slice of a bucket, of which
+        peers read the other slices only. Asynchronous: returns the event of its end.
 
         The ranks wait for each other at its beginning, not at its end: ShardedOptimizer.step's sum
         of the norm over all ranks comes before anyone's next gradients.
@@ -445,11 +444,12 @@ def peers_in_reach(axis: Axis, device: torch.device) -> bool:
     Collective."""
     if axis.size == 1 or device.type != "cuda":
         return False
-    ranks = dist.get_process_group_ranks(axis.group)
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    mine = len({rank // local_world for rank in ranks}) == 1 and all(
-        torch.cuda.can_device_access_peer(device, rank % local_world)
-        for rank in ranks if rank != dist.get_rank())
+    host = (socket.gethostname(), os.environ.get("GROUP_RANK"))  # torchrun's number of the host
+    places = [None] * axis.size
+    dist.all_gather_object(places, (host, device.index), group=axis.group)
+    del places[axis.rank]
+    mine = all(other == host and index < torch.cuda.device_count()
+               and torch.cuda.can_device_access_peer(device, index) for other, index in places)
     answers = [None] * axis.size
     dist.all_gather_object(answers, mine, group=axis.group)
     return all(answers)
@@ -642,7 +642,8 @@ class ShardedOptimizer:
             bucket.reduce_scatter_grad()
 
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
-        """Backward of one micro-batch; `last` starts the reduction of the summed gradients."""
+        """Backward of one micro-batch; `last` starts the reduction of the summed gradients, and
+        step() must come before the next backward."""
         self.sync = last
         loss.backward()
         self.fresh = last

@@ -951,23 +951,15 @@ def test_tensor_parallel_fp8_is_the_unsplit_model_within_fp8():
             assert low <= error < 0.25, name
 
 
-@pytest.mark.parametrize("local_world, reach", [(4, True), (4, False), (1, True)])
-def test_tp_overlap_is_for_gpus_that_reach_each_other(monkeypatch, local_world, reach):
-    """GPU 3 of a host, tp 2: the pair (2, 3) must have peer access and the group stay on the host;
-    otherwise it is an error."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer",
-                        lambda device, peer: reach and (device.index, peer) == (3, 2))
-    enabled = []
-    monkeypatch.setattr(dist._symmetric_memory, "enable_symm_mem_for_group", enabled.append)
-    tp = parallel.Axis(1, 2, type("Group", (), {"group_name": "tp"}))
-    if (local_world, reach) == (4, True):
-        options = parallel.overlap_options(tp, torch.device("cuda", 3))
-        assert options == {"_micro_pipeline_tp": True} and enabled == ["tp"]
-    else:
-        with pytest.raises(ValueError, match="--tp-comm-overlap needs"):
-            parallel.overlap_options(tp, torch.device("cuda", 3))
+def test_tp_overlap_is_for_gpus_that_reach_each_other(monkeypatch):
+    """Where they do, memory is shared and the compiler told; otherwise it is an error."""
+    enabled, tp = [], parallel.Axis(1, 2, "group")
+    monkeypatch.setattr(parallel, "enable_symmetric_memory", enabled.append)
+    monkeypatch.setattr(parallel, "peers_in_reach", lambda axis, device: device == "near")
+    assert parallel.overlap_options(tp, "near") == {"_micro_pipeline_tp": True}
+    assert enabled == ["group"]
+    with pytest.raises(ValueError, match="--tp-comm-overlap needs"):
+        parallel.overlap_options(tp, "far")
 
 
 def test_a_bias_apart_is_the_same_layer():
@@ -1086,17 +1078,15 @@ def test_zero1_equals_torch_optim_over_50_steps(kind):
 class FileMemory:
     """torch's symmetric memory for processes on a CPU: files that all of them map."""
 
-    def __init__(self, folder):
-        self.folder, self.names = folder, itertools.count()
+    def __init__(self, folder, log):
+        self.folder, self.log, self.count = folder, log, 0
 
     def empty(self, numel, dtype, device):
-        self.name, self.numel = next(self.names), numel
-        self.dtype = dtype
-        return self.map(dist.get_rank())
+        self.numel, self.count = numel, self.count + 1
+        return self.map(dist.get_rank()).fill_(float("nan"))
 
     def map(self, rank):
-        return torch.from_file(f"{self.folder}/{self.name}_{rank}", True, self.numel,
-                               dtype=self.dtype)
+        return torch.from_file(f"{self.folder}/{self.count}_{rank}", True, self.numel)
 
     def rendezvous(self, memory, group_name):
         group = dist.distributed_c10d._resolve_process_group(group_name)
@@ -1105,49 +1095,79 @@ class FileMemory:
 
         def get_buffer(rank, shape, dtype, offset):
             return memories[rank][offset:offset + math.prod(shape)].view(shape)
-        return types.SimpleNamespace(get_buffer=get_buffer, barrier=lambda: dist.barrier(group))
+
+        def barrier():
+            self.log.append("barrier")
+            dist.barrier(group)
+        return types.SimpleNamespace(get_buffer=get_buffer, barrier=barrier)
 
 
 def _peer_copies(tp, folder):
-    """Full weights and norms after training with gloo's reduce-scatter, and with peer copies."""
-    world = int(os.environ["WORLD_SIZE"])
-    nothing = types.SimpleNamespace(wait_stream=lambda stream: None, wait=lambda: None)
-    nothing.record_event = lambda: nothing
-    torch.cuda.Stream = torch.cuda.current_stream = lambda: nothing
+    """Training with gloo's reduce-scatter, with peer copies, and with these refused: results, the
+    memories and what happened on streams, one after the other, with the number of buckets."""
+    world, log, grid = int(os.environ["WORLD_SIZE"]), [], grid_of(tp)
+    buckets = [b for unit in parallel.plan_buckets(ViT(TINY, grid), grid) for b in unit]
+    event = types.SimpleNamespace(wait=lambda: log.append("wait"))
+    stream = types.SimpleNamespace(wait_stream=lambda other: log.append("gradients"),
+                                   record_event=lambda: log.append("end") or event)
+    torch.cuda.Stream = torch.cuda.current_stream = lambda: stream
     torch.cuda.stream = contextlib.nullcontext
     parallel.enable_symmetric_memory = lambda group: None
-    parallel.symm_mem = FileMemory(folder)
+    parallel.symm_mem = FileMemory(folder, log)
     results = []
-    for parallel.peers_in_reach in (lambda *_: False, lambda axis, device: axis.size > 1):
-        results.append(_train_steps(tp, world // tp, 4, dict(optimizer="sgd", clip_grad=0.1),
-                                    accumulation=2))
-    return results, next(parallel.symm_mem.names)
+    for reach, peer_copies in [(False, None), (True, None), (True, False)]:
+        parallel.peers_in_reach = lambda axis, device, reach=reach: reach and axis.size > 1
+        options = dict(optimizer="sgd", clip_grad=0.1, peer_copies=peer_copies)
+        _, norms, weights, _ = _train_steps(tp, world // tp, 4, options, accumulation=2)
+        results.append((norms, weights, parallel.symm_mem.count, log[:]))
+    return results, sum(bucket.axis.size > 1 for bucket in buckets)
 
 
 @pytest.mark.parametrize("world, tp", [(3, 1), (4, 2)])
 def test_gradients_summed_by_peer_copies_are_the_reduce_scattered_ones(world, tp, tmp_path):
     """4 clipped SGD steps of 2 micro-batches, as between the GPUs of a host but through files:
     weights within 1e-6 of gloo's (sums of 3 or 4 in another order), with tp 2 for the buckets that
-    are summed over dp and those over the world."""
-    for (reference, copied), memories in run_ranks(world, _peer_copies, tp, tmp_path)[0]:
-        assert memories == (1 if tp == 1 else 2)
-        assert reference[1] == pytest.approx(copied[1], rel=1e-5)  # norms
-        assert max_difference(reference[2], copied[2]) < 1e-6
+    are summed over dp and those over the world. Each bucket once a step: after its gradients, all
+    ranks meet, then copies; and the step waits for the end of all. --no-peer-copies does none."""
+    for (reference, copied, refused), buckets in run_ranks(world, _peer_copies, tp, tmp_path)[0]:
+        step = ["gradients", "barrier", "end"] * buckets + ["wait"] * buckets
+        assert reference[2:] == (0, [])
+        assert copied[2:] == refused[2:] == (tp, 4 * step)
+        for norms, weights, *_ in copied, refused:
+            assert norms == pytest.approx(reference[0], rel=1e-5)
+            assert max_difference(weights, reference[1]) < 1e-6
 
 
-def _reach(reach, local_world):
+def _reach(reach, hosts):
     rank = int(os.environ["RANK"])
-    os.environ["LOCAL_WORLD_SIZE"] = str(local_world)
+    os.environ["GROUP_RANK"] = hosts[rank]
+    torch.cuda.device_count = lambda: 2
     torch.cuda.can_device_access_peer = lambda device, peer: (device.index, peer) in reach
     return [parallel.peers_in_reach(grid_of(1).world, torch.device(*place))
             for place in [("cuda", rank), ("cpu",)]]
 
 
-@pytest.mark.parametrize("local_world, reach, expected", [
-    (2, {(0, 1), (1, 0)}, True), (2, {(0, 1)}, False), (1, {(0, 0), (1, 0), (1, 1)}, False)])
-def test_peer_copies_are_for_gpus_of_one_host_that_reach_each_other(local_world, reach, expected):
+@pytest.mark.parametrize("hosts, reach, expected", [
+    ("00", {(0, 1), (1, 0)}, True), ("00", {(0, 1)}, False), ("01", {(0, 1), (1, 0)}, False)])
+def test_peer_copies_are_for_gpus_of_one_host_that_reach_each_other(hosts, reach, expected):
     """All ranks agree, also where only one of them is told that it cannot reach the other."""
-    assert run_ranks(2, _reach, reach, local_world)[0] == [[expected, False]] * 2
+    assert run_ranks(2, _reach, reach, hosts)[0] == [[expected, False]] * 2
+
+
+def test_gpus_that_do_not_share_memory_are_told_what_to_give(monkeypatch):
+    """An error of the rendezvous names the flag; memory that runs out is no such error."""
+    def fail(*args, **options):
+        raise RuntimeError("no handle\nmore")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(parallel, "enable_symmetric_memory", lambda group: None)
+    axis = parallel.Axis(0, 2, types.SimpleNamespace(group_name="world"))
+    monkeypatch.setattr(parallel.symm_mem, "empty", lambda n, dtype, device: torch.empty(n))
+    monkeypatch.setattr(parallel.symm_mem, "rendezvous", fail)
+    with pytest.raises(ValueError, match=r"\(no handle\); give --no-peer-copies"):
+        parallel.PeerMemory(8, 4, axis, "cpu")
+    monkeypatch.setattr(parallel.symm_mem, "empty", fail)
+    with pytest.raises(RuntimeError, match="no handle"):
+        parallel.PeerMemory(8, 4, axis, "cpu")
 
 
 def test_weight_decay_is_on_matrices_only():

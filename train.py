@@ -959,6 +959,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"--tensor-parallel-size {config.tensor_parallel_size} must divide the "
                 f"{vit.num_attention_heads} heads and the MLP width {vit.ffn_hidden_size}; "
                 f"legal for {config.model}: {', '.join(map(str, legal_tp))}")
+        if config.peer_copies and not config.dry_run and (world == 1 or device_type == "cpu"):
+            raise ValueError("--peer-copies needs several GPUs of one host; leave it out here")
         if config.tp_comm_overlap and (
                 config.tensor_parallel_size == 1 or config.fp8
                 or config.compile is False or (device_type == "cpu" and not config.dry_run)):
