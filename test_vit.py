@@ -1747,15 +1747,15 @@ def write_digits(folder):
 
 @pytest.mark.parametrize("source", GOLDEN)
 def test_losses_of_20_steps_are_the_golden_ones_in_every_layout(source, tmp_path):
-    """(tp, dp) in (1,1) (1,2) (1,4) (2,1) (2,2) (4,1), accumulation 1 and 4, through train.py from
-    the images on: within 1e-5 relative of one committed list. Sums in another order differ by 1e-7
-    a step; 20 Adam steps let that grow by some tens."""
+    """(tp, dp) in (1,1) (1,2) (1,4) (2,1) (2,2) (4,1), accumulation 1 and (shapes) 4, through
+    train.py from the images on: within 1e-5 relative of one committed list. Sums in another order
+    differ by 1e-7 a step; 20 Adam steps let that grow by some tens."""
     data = "shapes"
     if source == "digits":
         pytest.importorskip("sklearn")
         data = write_digits(tmp_path / "digits")
     for tp, dp in LAYOUTS:
-        for accumulation in (1, 4):
+        for accumulation in (1, 4) if source == "shapes" else (1,):
             output = tmp_path / f"{tp}_{dp}_{accumulation}"
             lines, _, _ = run_training(
                 output, "--data", data, "--tensor-parallel-size", tp, "--micro-batch-size",
