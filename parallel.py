@@ -1,5 +1,5 @@
 """How it is split: the process grid, column/row-parallel layers (with their products in fp8 too),
-ZeRO-1, layout-free checkpoints.
+ZeRO-1 (between the GPUs of one host by device copies), layout-free checkpoints.
 
 One idea carries it: every rank owns its own images. The residual stream of a rank holds that rank's
 images only, inside a tensor-parallel group too, so norms, dropout, residuals, patch embedding, head
@@ -395,10 +395,10 @@ class PeerMemory:
     """One fp32 buffer on each GPU of a host, which the others read: gradients are exchanged by copy
     engines, and added by a small kernel, instead of NCCL.
 
-    NCCL's reduce-scatter runs on some of the GPU's processors, and cuBLAS's matrix products want
-    all of them at once: the product beside it needs a second round. For g/14 at 64 on 2 H200 (torch
-    2.11) that is a weight gradient in every block, 677 us instead of 374; with copies 395. Images/s
-    of the two, one micro-batch a step: g/14 527 and 543, L/16 at 256 2,471 and 2,496.
+    NCCL's reduce-scatter occupies some SMs, and cuBLAS's matrix products want all of them at once:
+    the product beside it needs a second round. For g/14 at 64 on 2 H200 (torch 2.11) that is a
+    weight gradient in every block, 677 us instead of 374; with copies 395. Images/s of the two, one
+    micro-batch a step: g/14 527 (another run) and 543, L/16 at 256 2,471 and 2,496.
     """
 
     def __init__(self, numel: int, largest: int, axis: Axis, device: torch.device):
@@ -411,8 +411,9 @@ class PeerMemory:
         try:
             self.handle = symm_mem.rendezvous(self.memory, axis.group.group_name)
         except RuntimeError as e:
-            raise ValueError(f"these GPUs do not share memory ({str(e).strip().splitlines()[0]}); "
-                             f"give --no-peer-copies, and NCCL sums the gradients") from e
+            reason = (str(e).strip() or repr(e)).splitlines()[0]
+            raise ValueError(f"these GPUs do not share memory ({reason}); give --no-peer-copies, "
+                             f"and NCCL sums the gradients") from e
         self.received = torch.empty(largest, device=device)
 
     def take(self, numel: int) -> torch.Tensor:
