@@ -191,8 +191,9 @@ class TrainConfig:
                        "flash-attn"] = flag(
         "auto", "attention kernel; auto: the first that runs of this list, flash-attn left out")
     compile: bool | None = flag(None, "torch.compile the blocks (default: on CUDA)")
-    tp_comm_overlap: bool = flag(False, "tensor parallelism, compiled: collectives under the "
-                                 "products (GPUs of one host; not with fp8)")
+    tp_comm_overlap: bool | None = flag(None, "tensor parallelism: collectives under the products "
+                                        "(default: where a host has all GPUs of a tp group; not "
+                                        "with fp8)")
     peer_copies: bool | None = flag(None, "sum gradients by copies between the GPUs instead of "
                                     "NCCL (default: where one host has all of them)")
     activation_checkpointing: Literal["none", "selective", "full"] = flag(

@@ -50,9 +50,9 @@ from parallel import (
     RowParallelLinear,
     full_shape,
     newest_checkpoint,
-    overlap_options,
     read_meta,
     shard,
+    visit,
     write_atomically,
 )
 
@@ -91,14 +91,19 @@ class Attention(nn.Module):
         super().__init__()
         d = config.hidden_size
         self.head_dim, self.dropout, self.kernel = config.head_dim, config.attention_dropout, kernel
-        self.qkv = ColumnParallelLinear(d, 3 * d, grid.tp, parts=3, fp8=fp8)
+        self.qkv = ColumnParallelLinear(d, 3 * d, grid.tp, parts=3, fp8=fp8,
+                                        bias_gradient=kernel != "triton")
         self.proj = RowParallelLinear(d, d, grid.tp, fp8)
 
     def forward(self, x):                                                      # [b, S, D]
+        if self.qkv.tp.overlap:
+            return visit(x, self.qkv, self.attend, self.proj)
+        return self.proj(self.attend(self.qkv(x)))                             # [b, S, D]
+
+    def attend(self, qkv):                                                     # [t*b, S, 3D/t]
         if self.kernel == "triton":
-            qkv = self.qkv(x, bias_gradient=False)                             # [t*b, S, 3D/t]
-            return self.proj(ShortAttention.apply(qkv, self.qkv.bias, self.head_dim))
-        qkv = self.qkv(x).unflatten(-1, (3, -1, self.head_dim))                # [t*b,S,3,nh/t,hd]
+            return ShortAttention.apply(qkv, self.qkv.bias, self.head_dim)     # [t*b, S, D/t]
+        qkv = qkv.unflatten(-1, (3, -1, self.head_dim))                        # [t*b,S,3,nh/t,hd]
         q, k, v = qkv.unbind(2)                                                # [t*b,S,nh/t,hd]
         rate = self.dropout if self.training else 0.0
         if self.kernel == "flash-attn":
@@ -106,7 +111,7 @@ class Attention(nn.Module):
         else:
             q, k, v = (z.transpose(1, 2) for z in (q, k, v))                   # [t*b,nh/t,S,hd]
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=rate).transpose(1, 2)
-        return self.proj(y.flatten(2))                                         # [b, S, D]
+        return y.flatten(2)                                                    # [t*b, S, D/t]
 
 
 class Mlp(nn.Module):
@@ -120,8 +125,12 @@ class Mlp(nn.Module):
         self.fc2 = RowParallelLinear(f, d, grid.tp, fp8)
 
     def forward(self, x):                                                      # [b, S, D]
-        x = F.gelu(self.fc1(x), approximate=self.gelu)                         # [t*b, S, ffn/t]
-        return self.fc2(x)                                                     # [b, S, D]
+        if self.fc1.tp.overlap:
+            return visit(x, self.fc1, self.act, self.fc2)
+        return self.fc2(self.act(self.fc1(x)))                                 # [b, S, D]
+
+    def act(self, x):                                                          # [t*b, S, ffn/t]
+        return F.gelu(x, approximate=self.gelu)
 
 
 class DropPath(nn.Module):
@@ -331,7 +340,7 @@ class ViT(nn.Module):
         return [self, *self.blocks, self.norm]
 
 
-def compile_blocks(model: ViT, tp_comm_overlap: bool = False) -> None:
+def compile_blocks(model: ViT) -> None:
     """torch.compile for the embedding and every block: blocks are alike, so one graph serves all.
 
     forward is compiled, not the module, so that ZeRO's wait for weights stays outside the graph.
@@ -341,11 +350,11 @@ def compile_blocks(model: ViT, tp_comm_overlap: bool = False) -> None:
     images/s without the fusion and 3,955 with 32.
     """
     options = {}
-    if tp_comm_overlap:
-        options |= overlap_options(model.grid.tp, model.cls_token.device)
-        for module in model.modules():
-            if isinstance(module, ColumnParallelLinear):
-                module.bias_apart = True
+    if model.grid.tp.overlap:
+        # Copy engines read what they send after the compiler's last use of it; and what runs beside
+        # them stays there.
+        options |= {"allow_buffer_reuse": False, "inplace_buffers": False,
+                    "reorder_for_peak_memory": False}
     if hasattr(torch._inductor.config.triton, "mix_order_reduction_split_size"):
         options |= {"triton.mix_order_reduction": True,
                     "triton.mix_order_reduction_split_size": 32}

@@ -1,5 +1,5 @@
 """How it is split: the process grid, column/row-parallel layers (with their products in fp8 too),
-ZeRO-1 (between the GPUs of one host by device copies), layout-free checkpoints.
+ZeRO-1, layout-free checkpoints; between the GPUs of one host by device copies.
 
 One idea carries it: every rank owns its own images. The residual stream of a rank holds that rank's
 images only, inside a tensor-parallel group too, so norms, dropout, residuals, patch embedding, head
@@ -23,12 +23,14 @@ Letters: b images of this rank's micro-batch, S tokens, D hidden size, F the wid
 t = tp size, N = size of the group that shares a bucket; `_local` and `/t` mark shards.
 """
 
+import dataclasses
 import json
 import os
 import shutil
 import socket
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +55,12 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # runs the kernels on the
 # ----------------------------------------------------------------------------- the process grid
 @dataclass(frozen=True)
 class Axis:
-    """One direction of the process grid, seen from this rank. group is None for a single rank."""
+    """One direction of the process grid, seen from this rank. group is None for a single rank.
+    overlap: of the tp axis, f and g run beside the products (see `visit`)."""
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    overlap: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,26 +146,169 @@ class ScatterSum(torch.autograd.Function):
         return all_gather(dy_local, ctx.group), None
 
 
-def overlap_options(tp: Axis, device: torch.device) -> dict:
-    """--tp-comm-overlap (NeMo's tp_comm_overlap): options of torch.compile that do f and g in
-    pieces, each piece under the product of another.
+# ----------------------------------------------------------------------------- GPUs of one host
+def peers_in_reach(axis: Axis, device: torch.device) -> bool:
+    """Whether the axis's ranks are GPUs of one host that can read each other's memory.
+    Collective."""
+    if axis.size == 1 or device.type != "cuda":
+        return False
+    host = (socket.gethostname(), os.environ.get("GROUP_RANK"))  # torchrun's number of the host
+    places = [None] * axis.size
+    dist.all_gather_object(places, (host, device.index), group=axis.group)
+    del places[axis.rank]
+    mine = all(other == host and index < torch.cuda.device_count()
+               and torch.cuda.can_device_access_peer(device, index) for other, index in places)
+    answers = [None] * axis.size
+    dist.all_gather_object(answers, mine, group=axis.group)
+    return all(answers)
 
-    Inductor then replaces gather + product and product + scatter by symmetric memory's fused
-    operators, which copy between the GPUs of one host while the products run. g/14 on 2 H200, tp 2,
-    micro-batch 128 (torch 2.11): 469 images/s, without 439. Raises ValueError where the GPUs cannot
-    read each other's memory.
-    """
-    if not peers_in_reach(tp, device):
-        raise ValueError("--tp-comm-overlap needs tensor-parallel groups within a host, of GPUs "
-                         "that read each other's memory (NVLink); leave it out here")
-    enable_symmetric_memory(tp.group)
-    return {"_micro_pipeline_tp": True}
 
-
-def enable_symmetric_memory(group: dist.ProcessGroup) -> None:
+def share_memory(numel: int, dtype: torch.dtype, axis: Axis, device: torch.device, instead: str):
+    """(memory, its handle): symmetric memory, which every rank of the axis can read and write.
+    Raises ValueError, which says what to give `instead`, where that cannot be. Collective."""
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not used here
     with warnings.catch_warnings():  # newer versions of torch need no call, and say so
         warnings.simplefilter("ignore", FutureWarning)
-        symm_mem.enable_symm_mem_for_group(group.group_name)
+        symm_mem.enable_symm_mem_for_group(axis.group.group_name)
+    torch.cuda.empty_cache()  # this memory does not come from torch's cache
+    memory = symm_mem.empty(numel, dtype=dtype, device=device)
+    try:
+        return memory, symm_mem.rendezvous(memory, axis.group.group_name)
+    except RuntimeError as e:
+        reason = (str(e).strip() or repr(e)).splitlines()[0]
+        raise ValueError(f"these GPUs do not share memory ({reason}); give {instead}") from e
+
+
+# ----------------------------------------------------------------------------- f, g beside products
+def overlapped(tp: Axis, device: torch.device, wanted: bool | None) -> Axis:
+    """--tp-comm-overlap (NeMo's tp_comm_overlap): the tp axis, with f and g beside the products if
+    that is wanted, or, with None, where its ranks are GPUs that reach each other.
+
+    Raises ValueError if it is wanted and they do not reach each other, or where they do and cannot
+    share memory. Collective.
+    """
+    if tp.size == 1 or wanted is False:
+        return tp
+    if peers_in_reach(tp, device):
+        PeerExchange.of[tp.group.group_name] = PeerExchange(tp, device)
+        return dataclasses.replace(tp, overlap=True)
+    if wanted:
+        raise ValueError("--tp-comm-overlap needs tensor-parallel groups within a host, of GPUs "
+                         "that read each other's memory (NVLink); leave it out here")
+    return tp
+
+
+def visit(x_local, column, between, row):
+    """row(between(column(x_local))), half a block, with f and g beside its products.
+
+        x_local [b, S, D]  ->  [b, S, D]
+
+    The images of every rank visit each other rank, go through its columns, `between` and its rows,
+    and return as its share of the sum. A rank's own images are multiplied by its columns while the
+    first visitors are on their way, and by its rows while the last ones return. Backward is the
+    same the other way round, by autograd. (Wang et al., ASPLOS 2023, decompose one collective and
+    its product like this; here it is a whole half block, so that attention and GELU hide copies.)
+
+    g/14 on 2 H200, tp 2, micro-batch 128 (torch 2.11): 508 images/s; with the collectives between
+    the products 441; two GPUs on their own 550. In fp8 twice as many small kernels kept the host
+    busy: 351 instead of 485.
+    """
+    tp = column.tp
+    coming = [BeginShift.apply(x_local, i, tp) for i in range(1, tp.size)]
+    mine = column.product(x_local)
+    returning = []
+    for i, visitor in enumerate(coming, 1):
+        share = row.product(between(column.product(EndShift.apply(visitor, i, tp))))
+        returning.append(BeginShift.apply(share, -i, tp))
+    y_local = row.product(between(mine))
+    for i, share in enumerate(returning, 1):
+        y_local = y_local + EndShift.apply(share, -i, tp)
+    return y_local + row.bias
+
+
+class BeginShift(torch.autograd.Function):
+    """Begins to send x to rank mine + i; returns what comes from rank mine - i, not yet there."""
+
+    @staticmethod
+    def forward(ctx, x, i, tp):
+        return torch.ops.vit.shift(x, i, tp.group.group_name)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return FUNCTIONAL.wait_tensor(dx), None, None
+
+
+class EndShift(torch.autograd.Function):
+    """Waits for what BeginShift returned; its gradient begins to go back."""
+
+    @staticmethod
+    def forward(ctx, x, i, tp):
+        ctx.i, ctx.tp = i, tp
+        return FUNCTIONAL.wait_tensor(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return torch.ops.vit.shift(dx, -ctx.i, ctx.tp.group.group_name), None, None
+
+
+class PeerExchange:
+    """Shifts between the GPUs of a tp group by copy engines: as with PeerMemory, the processors are
+    left to the matrix products that run beside.
+
+    What is sent is pushed into one of two slots of the receiver's symmetric memory, and copied from
+    there to the result once all ranks have met. A slot is written again two shifts later: the
+    meeting before that comes after the receiver's copy.
+    """
+    of = {}  # by the name of the group, for the operator below
+
+    def __init__(self, tp: Axis, device: torch.device):
+        self.tp, self.device, self.count = tp, device, 0
+        self.stream, self.ready = torch.cuda.Stream(), torch.cuda.Event()
+        self.sent = deque(maxlen=tp.size)  # kept from being freed before they are copied
+        self.reserve(1)
+
+    def reserve(self, nbytes: int) -> None:
+        """Two slots of at least nbytes on each rank."""
+        torch.cuda.synchronize()
+        self.nbytes, self.slots = -(-nbytes // 512) * 512, {}
+        self.memory, self.handle = share_memory(
+            2 * self.nbytes, torch.uint8, self.tp, self.device, "--no-tp-comm-overlap")
+
+    def shift(self, x: torch.Tensor, i: int) -> torch.Tensor:
+        """Begins to send x to rank mine + i; the result, like x, is what comes from rank mine - i,
+        to be waited for."""
+        x, size = x.contiguous(), x.numel() * x.element_size()
+        result = torch.empty_like(x)
+        if size > self.nbytes:  # on all ranks at once: their calls are alike
+            self.reserve(size)
+        self.count += 1
+        key = self.count % 2, x.shape, x.dtype
+        if key not in self.slots:
+            begin = self.count % 2 * self.nbytes // x.element_size()
+            self.slots[key] = [self.handle.get_buffer(rank, x.shape, x.dtype, begin)
+                               for rank in range(self.tp.size)]
+        slots = self.slots[key]
+        self.sent.append(x)
+        self.ready.record()
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(self.ready)
+            slots[(self.tp.rank + i) % self.tp.size].copy_(x)
+            self.handle.barrier()
+            result.copy_(slots[self.tp.rank])
+            torch._C._distributed_c10d._register_work(result, symm_mem.Work())
+        return result
+
+
+# An operator, for the compiler; torch.library.custom_op's take 15 us more a call.
+LIBRARY = torch.library.Library("vit", "DEF")
+LIBRARY.define("shift(Tensor x, int i, str group) -> Tensor")
+LIBRARY.impl("shift", lambda x, i, group: PeerExchange.of[group].shift(x, i),
+             "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("vit::shift", lib=LIBRARY)
+def _(x, i, group):
+    return x.new_empty(x.shape)
 
 
 # ----------------------------------------------------------------------------- parallel layers
@@ -328,32 +475,29 @@ class ColumnParallelLinear(nn.Module):
         wgrad      dW_local = dy^T f(x_local)               complete for my columns
         dbias      db_local = sum of dy over images, tokens
 
-    parts: 3 for a fused qkv, so that each of q, k, v is split by heads. fp8: see Fp8Linear; for
-    training only.
+    parts: 3 for a fused qkv, so that each of q, k, v is split by heads. bias_gradient=False leaves
+    the bias's gradient to the operation that takes y. fp8: see Fp8Linear; for training only.
     """
 
     def __init__(self, in_features: int, out_features: int, tp: Axis, parts: int = 1,
-                 fp8: bool = False):
+                 bias_gradient: bool = True, fp8: bool = False):
         super().__init__()
-        self.tp, self.fp8 = tp, fp8
-        self.bias_apart = False  # a sum of its own: f is joined with a plain product only
+        self.tp, self.bias_gradient, self.fp8 = tp, bias_gradient, fp8
         self.weight = nn.Parameter(torch.empty(out_features // tp.size, in_features))
         self.bias = nn.Parameter(torch.empty(out_features // tp.size))
         self.weight.tp_split = self.bias.tp_split = Split(0, parts)
 
-    def forward(self, x, bias_gradient: bool = True):
-        """bias_gradient=False leaves the bias's gradient to the operation that takes y."""
+    def forward(self, x):
         if self.tp.size > 1:
             x = GatherImages.apply(x, self.tp.group)  # [b,S,D] -> [t*b,S,D]
+        return self.product(x)
+
+    def product(self, x):
         bias = self.bias.detach()
         if self.fp8 and self.training:
-            return Fp8Linear.apply(x, self.weight, self.bias if bias_gradient else bias)
-        if self.bias_apart:
-            y = F.linear(x, self.weight)
-            y = y + bias.to(y.dtype)
-        else:
-            y = F.linear(x, self.weight, bias)
-        return BiasGradient.apply(y, self.bias) if bias_gradient else y
+            return Fp8Linear.apply(x, self.weight, self.bias if self.bias_gradient else bias)
+        y = F.linear(x, self.weight, bias)
+        return BiasGradient.apply(y, self.bias) if self.bias_gradient else y
 
 
 class RowParallelLinear(nn.Module):
@@ -375,11 +519,14 @@ class RowParallelLinear(nn.Module):
         self.weight.tp_split = Split(1)
 
     def forward(self, x):
-        linear = Fp8Linear.apply if self.fp8 and self.training else F.linear
         if self.tp.size == 1:
-            return linear(x, self.weight, self.bias)
-        y = ScatterSum.apply(linear(x, self.weight, None), self.tp.group)
+            return self.product(x, self.bias)
+        y = ScatterSum.apply(self.product(x), self.tp.group)
         return y + self.bias  # after the sum: before it, the bias would be added t times
+
+    def product(self, x, bias=None):
+        linear = Fp8Linear.apply if self.fp8 and self.training else F.linear
+        return linear(x, self.weight, bias)
 
 
 # ----------------------------------------------------------------------------- ZeRO-1
@@ -403,17 +550,10 @@ class PeerMemory:
 
     def __init__(self, numel: int, largest: int, axis: Axis, device: torch.device):
         """numel: of all buckets that reduce over `axis`; largest: of one rank's slice of one."""
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not used here
-        enable_symmetric_memory(axis.group)
         self.axis, self.taken, self.stream = axis, 0, torch.cuda.Stream()
-        torch.cuda.empty_cache()  # this memory does not come from torch's cache
-        self.memory = symm_mem.empty(numel, dtype=torch.float32, device=device).zero_()
-        try:
-            self.handle = symm_mem.rendezvous(self.memory, axis.group.group_name)
-        except RuntimeError as e:
-            reason = (str(e).strip() or repr(e)).splitlines()[0]
-            raise ValueError(f"these GPUs do not share memory ({reason}); give --no-peer-copies, "
-                             f"and NCCL sums the gradients") from e
+        self.memory, self.handle = share_memory(numel, torch.float32, axis, device,
+                                                "--no-peer-copies, and NCCL sums the gradients")
+        self.memory.zero_()
         self.received = torch.empty(largest, device=device)
 
     def take(self, numel: int) -> torch.Tensor:
@@ -438,22 +578,6 @@ class PeerMemory:
                                                       mine.storage_offset()))
                 mine.add_(received)
             return self.stream.record_event()
-
-
-def peers_in_reach(axis: Axis, device: torch.device) -> bool:
-    """Whether the axis's ranks are GPUs of one host that can read each other's memory.
-    Collective."""
-    if axis.size == 1 or device.type != "cuda":
-        return False
-    host = (socket.gethostname(), os.environ.get("GROUP_RANK"))  # torchrun's number of the host
-    places = [None] * axis.size
-    dist.all_gather_object(places, (host, device.index), group=axis.group)
-    del places[axis.rank]
-    mine = all(other == host and index < torch.cuda.device_count()
-               and torch.cuda.can_device_access_peer(device, index) for other, index in places)
-    answers = [None] * axis.size
-    dist.all_gather_object(answers, mine, group=axis.group)
-    return all(answers)
 
 
 class Bucket:

@@ -124,6 +124,57 @@ def grid_of(tp):
     return make_grid(tp, "cpu")
 
 
+class FileMemory:
+    """torch's symmetric memory for processes on a CPU: files that all of them map."""
+
+    def __init__(self, folder, log):
+        self.folder, self.log, self.count = folder, log, 0
+        self.Work = self.enable_symm_mem_for_group = lambda *args: None
+
+    def empty(self, numel, dtype, device):
+        self.numel, self.dtype, self.count = numel, dtype, self.count + 1
+        self.map(dist.get_rank()).view(torch.uint8).fill_(255)  # NaN, in every type
+        return self.map(dist.get_rank())
+
+    def map(self, rank):
+        return torch.from_file(f"{self.folder}/{self.count}_{rank}", True, self.numel,
+                               dtype=self.dtype)
+
+    def rendezvous(self, memory, group_name):
+        group = dist.distributed_c10d._resolve_process_group(group_name)
+        dist.barrier(group)
+        memories = [self.map(rank) for rank in dist.get_process_group_ranks(group)]
+
+        def get_buffer(rank, shape, dtype, offset):
+            return memories[rank].view(dtype)[offset:offset + math.prod(shape)].view(shape)
+
+        def barrier():
+            self.log.append("barrier")
+            dist.barrier(group)
+        return types.SimpleNamespace(get_buffer=get_buffer, barrier=barrier)
+
+
+def share_files(folder, log):
+    """Gives this process and its peers memory through FileMemory, and stand-ins for streams; log:
+    what happens on these and in memory, one after the other."""
+    event = types.SimpleNamespace(wait=lambda: log.append("wait"),
+                                  record=lambda: log.append("ready"))
+    stream = types.SimpleNamespace(wait_stream=lambda other: log.append("gradients"),
+                                   wait_event=lambda event: log.append("after"),
+                                   record_event=lambda: log.append("end") or event)
+    torch.cuda.Stream = torch.cuda.current_stream = lambda: stream
+    torch.cuda.Event = lambda: event
+    torch.cuda.stream, torch.cuda.synchronize = contextlib.nullcontext, lambda: None
+    torch._C._distributed_c10d._register_work = lambda result, work: log.append("begun")
+    parallel.symm_mem = FileMemory(folder, log)
+    parallel.peers_in_reach = lambda axis, device: axis.size > 1
+
+
+def overlapped_grid(grid, folder, log=None):
+    share_files(folder, [] if log is None else log)
+    return replace(grid, tp=parallel.overlapped(grid.tp, torch.device("cpu"), None))
+
+
 def random_weights(config, seed=1, scale=0.1):
     """A full state dict with no zeros: biases, norms and tokens take part in every comparison."""
     model = ViT(config)
@@ -500,8 +551,8 @@ def test_activation_checkpointing_keeps_fewer_activations():
     assert kept("none", "uniform") > kept("full", "block") > kept("full", "uniform")
 
 
-def _compiled_against_eager(tp):
-    grid = grid_of(tp)
+def _compiled_against_eager(tp, folder):
+    grid = overlapped_grid(grid_of(tp), folder) if folder else grid_of(tp)
     config = replace(TINY, hidden_dropout=0.1)
     weights, (images, labels) = random_weights(config), batch_of(config, 4)
     mine = slice(grid.tp.rank * 4 // tp, (grid.tp.rank + 1) * 4 // tp)
@@ -517,11 +568,12 @@ def _compiled_against_eager(tp):
     return max_difference(*results), graphs
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_compiled_gradients_equal_eager_ones(tp):
+@pytest.mark.parametrize("tp, overlap", [(1, False), (2, False), (2, True)])
+def test_compiled_gradients_equal_eager_ones(tp, overlap, tmp_path):
     """torch.compile of embedding and blocks, collectives inside, dropout on: each weight's gradient
     within 1e-5 (sums of a few hundred terms in another order), and one graph serves all blocks."""
-    for difference, graphs in run_ranks(tp, _compiled_against_eager, tp, timeout=200)[0]:
+    for difference, graphs in run_ranks(tp, _compiled_against_eager, tp, overlap and tmp_path,
+                                        timeout=200)[0]:
         assert difference < 1e-5
         assert graphs == 2
 
@@ -884,9 +936,10 @@ def test_split_cuts_heads_inside_q_k_and_v():
     assert torch.equal(Split(1).unshard([Split(1).shard(rows, r, 4) for r in range(4)]), rows)
 
 
-def _tensor_parallel_run(tp, options):
-    """Logits, input gradients and full weight gradients of 8 images over tp ranks."""
-    grid = grid_of(tp)
+def _tensor_parallel_run(tp, options, folder=None):
+    """Logits, input gradients and full weight gradients of 8 images over tp ranks; with a folder,
+    f and g beside the products."""
+    grid = overlapped_grid(grid_of(tp), folder) if folder else grid_of(tp)
     dtype = torch.bfloat16 if options.get("fp8") else torch.float32
     config = replace(TINY, head="mlp")
     weights, (images, _) = random_weights(config), batch_of(config, 8)
@@ -915,13 +968,16 @@ def _tensor_parallel_run(tp, options):
     return logits.detach(), x.grad, full, forward_calls, calls
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("tp", [2, 4])
-def test_tensor_parallel_equals_the_unsplit_model(tp, recompute):
+@pytest.mark.parametrize("tp, recompute, overlap", [
+    (2, "none", False), (2, "full", False), (4, "none", False), (4, "full", False),
+    (2, "full", True), (4, "none", True)])
+def test_tensor_parallel_equals_the_unsplit_model(tp, recompute, overlap, tmp_path):
     """Logits, input gradients and every gathered weight and bias gradient, batch 8 / tp >= 2 on a
-    rank, all biases non-zero: within 1e-5 of the plain model (fp32 sums in another order)."""
+    rank, all biases non-zero: within 1e-5 of the plain model (fp32 sums in another order). With
+    overlap the collectives are --tp-comm-overlap's shifts, and no other."""
     options = dict(activation_checkpointing=recompute)
-    results, _, _ = run_ranks(tp, _tensor_parallel_run, tp, options)
+    results, _, _ = run_ranks(tp, _tensor_parallel_run, tp, options, overlap and tmp_path)
+    assert all(any(r[4].values()) != overlap for r in results)
     config = replace(TINY, head="mlp")
     model = build(config, Grid(), random_weights(config))
     images = batch_of(config, 8)[0].requires_grad_()
@@ -951,29 +1007,66 @@ def test_tensor_parallel_fp8_is_the_unsplit_model_within_fp8():
             assert low <= error < 0.25, name
 
 
+def _products_and_shifts(folder):
+    """Weights after 4 steps over tp 2 with gathered and with visiting images; then, for visiting
+    ones, what happens in a forward and backward."""
+    log, grid, results = [], grid_of(2), []
+    for visiting in False, True:
+        if visiting:
+            grid = overlapped_grid(grid, folder, log)
+            globals()["grid_of"] = lambda tp, grid=grid: grid
+        results.append(_train_steps(2, 1, 4, dict(optimizer="sgd", clip_grad=0.1), 2)[2])
+
+    def logged(name, product):
+        def wrapped(self, x, *bias):
+            log.append(name)
+            y = product(self, x, *bias)
+            y.register_hook(lambda dy: log.append(name))
+            return y
+        return wrapped
+    for name, layer in [("columns", parallel.ColumnParallelLinear),
+                        ("rows", parallel.RowParallelLinear)]:
+        layer.product = logged(name, layer.product)
+    parallel.FUNCTIONAL = types.SimpleNamespace(wait_tensor=lambda x: log.append("wait") or x)
+    model = ViT(TINY, grid)
+    log.clear()
+    loss = model(batch_of(TINY, 2)[0]).sum()
+    forward = log[:]
+    log.clear()
+    loss.backward()
+    return max_difference(*results), forward, log
+
+
+def test_products_run_while_images_travel(tmp_path):
+    """--tp-comm-overlap, tp 2. In each half block a rank's own images are multiplied by its columns
+    between the beginning and the end of a shift, and by its rows likewise; backward mirrors it. A
+    shift begins after what it sends, and the ranks meet within it. 4 clipped SGD steps of 2
+    micro-batches: weights within 1e-6 of those with all-gather and reduce-scatter (fp32 sums in
+    another order)."""
+    begin = ["ready", "after", "barrier", "begun"]
+    forward = [begin, "columns", "wait", "columns", "rows", begin, "rows", "wait"]
+    backward = [begin, "rows", "wait", "rows", "columns", begin, "columns", "wait"]
+    for difference, *logs in run_ranks(2, _products_and_shifts, tmp_path)[0]:
+        assert difference < 1e-6
+        for log, order in zip(logs, [forward, backward]):
+            expected = [event for step in order
+                        for event in (begin if step is begin else [step])] * 2 * TINY.num_layers
+            assert log == expected
+
+
 def test_tp_overlap_is_for_gpus_that_reach_each_other(monkeypatch):
-    """Where they do, memory is shared and the compiler told; otherwise it is an error."""
-    enabled, tp = [], parallel.Axis(1, 2, "group")
-    monkeypatch.setattr(parallel, "enable_symmetric_memory", enabled.append)
+    """The default overlaps where they do, --tp-comm-overlap is an error where they do not."""
+    tp = parallel.Axis(1, 2, types.SimpleNamespace(group_name="tp"))
+    monkeypatch.setattr(parallel.PeerExchange, "of", {})
+    monkeypatch.setattr(parallel.PeerExchange, "__init__", lambda *args: None)
     monkeypatch.setattr(parallel, "peers_in_reach", lambda axis, device: device == "near")
-    assert parallel.overlap_options(tp, "near") == {"_micro_pipeline_tp": True}
-    assert enabled == ["group"]
+    for wanted, device, overlap in [(None, "near", True), (True, "near", True),
+                                    (False, "near", False), (None, "far", False)]:
+        assert parallel.overlapped(tp, device, wanted) == replace(tp, overlap=overlap)
+    assert list(parallel.PeerExchange.of) == ["tp"]
     with pytest.raises(ValueError, match="--tp-comm-overlap needs"):
-        parallel.overlap_options(tp, "far")
-
-
-def test_a_bias_apart_is_the_same_layer():
-    """As --tp-comm-overlap computes it: equal to the fused one in fp32 up to the last bit (1e-6),
-    and bf16 under autocast, which a sum with an fp32 bias would make fp32."""
-    layer = parallel.ColumnParallelLinear(32, 48, parallel.Axis())
-    for param in layer.parameters():
-        torch.nn.init.normal_(param, generator=_generator(param.shape))
-    x = torch.randn(2, 5, 32, generator=_generator("x"))
-    fused = layer(x)
-    layer.bias_apart = True
-    assert (layer(x) - fused).abs().max() < 1e-6 * fused.abs().max()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
+        parallel.overlapped(tp, "far", True)
+    assert parallel.overlapped(parallel.Axis(), "near", None) == parallel.Axis()
 
 
 def test_a_block_makes_two_plus_two_collectives_each_way():
@@ -1075,45 +1168,12 @@ def test_zero1_equals_torch_optim_over_50_steps(kind):
         assert max_difference(weights[rank], dict(model.state_dict())) < 1e-6
 
 
-class FileMemory:
-    """torch's symmetric memory for processes on a CPU: files that all of them map."""
-
-    def __init__(self, folder, log):
-        self.folder, self.log, self.count = folder, log, 0
-
-    def empty(self, numel, dtype, device):
-        self.numel, self.count = numel, self.count + 1
-        return self.map(dist.get_rank()).fill_(float("nan"))
-
-    def map(self, rank):
-        return torch.from_file(f"{self.folder}/{self.count}_{rank}", True, self.numel)
-
-    def rendezvous(self, memory, group_name):
-        group = dist.distributed_c10d._resolve_process_group(group_name)
-        dist.barrier(group)
-        memories = [self.map(rank) for rank in dist.get_process_group_ranks(group)]
-
-        def get_buffer(rank, shape, dtype, offset):
-            return memories[rank][offset:offset + math.prod(shape)].view(shape)
-
-        def barrier():
-            self.log.append("barrier")
-            dist.barrier(group)
-        return types.SimpleNamespace(get_buffer=get_buffer, barrier=barrier)
-
-
 def _peer_copies(tp, folder):
     """Training with gloo's reduce-scatter, with peer copies, and with these refused: results, the
     memories and what happened on streams, one after the other, with the number of buckets."""
     world, log, grid = int(os.environ["WORLD_SIZE"]), [], grid_of(tp)
     buckets = [b for unit in parallel.plan_buckets(ViT(TINY, grid), grid) for b in unit]
-    event = types.SimpleNamespace(wait=lambda: log.append("wait"))
-    stream = types.SimpleNamespace(wait_stream=lambda other: log.append("gradients"),
-                                   record_event=lambda: log.append("end") or event)
-    torch.cuda.Stream = torch.cuda.current_stream = lambda: stream
-    torch.cuda.stream = contextlib.nullcontext
-    parallel.enable_symmetric_memory = lambda group: None
-    parallel.symm_mem = FileMemory(folder, log)
+    share_files(folder, log)
     results = []
     for reach, peer_copies in [(False, None), (True, None), (True, False)]:
         parallel.peers_in_reach = lambda axis, device, reach=reach: reach and axis.size > 1
@@ -1154,23 +1214,28 @@ def test_peer_copies_are_for_gpus_of_one_host_that_reach_each_other(hosts, reach
     assert run_ranks(2, _reach, reach, hosts)[0] == [[expected, False]] * 2
 
 
-def test_gpus_that_do_not_share_memory_are_told_what_to_give(monkeypatch):
+@pytest.mark.parametrize("make, flag", [
+    (lambda axis: parallel.PeerMemory(8, 4, axis, "cpu"), "--no-peer-copies"),
+    (lambda axis: parallel.PeerExchange(axis, "cpu"), "--no-tp-comm-overlap")])
+def test_gpus_that_do_not_share_memory_are_told_what_to_give(monkeypatch, make, flag):
     """An error of the rendezvous names the flag; memory that runs out is no such error."""
     def fail(*args, message="no handle\nmore", **options):
         raise RuntimeError(*[message] * bool(message))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
-    monkeypatch.setattr(parallel, "enable_symmetric_memory", lambda group: None)
+    for name in "Stream", "Event", "synchronize":
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
     axis = parallel.Axis(0, 2, types.SimpleNamespace(group_name="world"))
-    monkeypatch.setattr(parallel.symm_mem, "empty", lambda n, dtype, device: torch.empty(n))
+    monkeypatch.setattr(parallel.symm_mem, "enable_symm_mem_for_group", lambda name: None)
+    monkeypatch.setattr(parallel.symm_mem, "empty",
+                        lambda n, dtype, device: torch.empty(n, dtype=dtype))
     monkeypatch.setattr(parallel.symm_mem, "rendezvous", fail)
-    with pytest.raises(ValueError, match=r"\(no handle\); give --no-peer-copies"):
-        parallel.PeerMemory(8, 4, axis, "cpu")
+    with pytest.raises(ValueError, match=rf"\(no handle\); give {flag}"):
+        make(axis)
     monkeypatch.setattr(parallel.symm_mem, "rendezvous", partial(fail, message=""))
-    with pytest.raises(ValueError, match=r"\(RuntimeError\(\)\); give --no-peer-copies"):
-        parallel.PeerMemory(8, 4, axis, "cpu")
+    with pytest.raises(ValueError, match=rf"\(RuntimeError\(\)\); give {flag}"):
+        make(axis)
     monkeypatch.setattr(parallel.symm_mem, "empty", fail)
     with pytest.raises(RuntimeError, match="no handle"):
-        parallel.PeerMemory(8, 4, axis, "cpu")
+        make(axis)
 
 
 def test_weight_decay_is_on_matrices_only():

@@ -81,6 +81,7 @@ from model import (
 from parallel import (
     Axis,
     Grid,
+    PeerExchange,
     ShardedOptimizer,
     all_gather_object,
     complete_checkpoints,
@@ -89,6 +90,7 @@ from parallel import (
     make_grid,
     newest_checkpoint,
     on_rank_0,
+    overlapped,
     plan_buckets,
     read_meta,
     save_checkpoint,
@@ -269,8 +271,8 @@ def memory_gib(optimizer: ShardedOptimizer) -> float:
     """Peak memory of this process: the CUDA allocator's and what peers read, which is not in it; or
     resident memory on the CPU."""
     if optimizer.device.type == "cuda":
-        peers = sum(peers.memory.nbytes for peers in optimizer.peers.values())
-        return (torch.cuda.max_memory_allocated() + peers) / 2**30
+        peers = *optimizer.peers.values(), *PeerExchange.of.values()
+        return (torch.cuda.max_memory_allocated() + sum(p.memory.nbytes for p in peers)) / 2**30
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
@@ -674,6 +676,8 @@ def build_model(config: TrainConfig, vit: ViTConfig, grid: Grid, device):
     """(the model, its attention kernel, why that one)."""
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     kernel, why = choose_attention(config.attention, vit, grid.tp.size, device, dtype)
+    if not config.fp8:
+        grid = dataclasses.replace(grid, tp=overlapped(grid.tp, device, config.tp_comm_overlap))
     with device:
         model = ViT(vit, grid, kernel="sdpa" if kernel in BACKENDS else kernel,
                     activation_checkpointing=config.activation_checkpointing,
@@ -764,8 +768,14 @@ def compile_if_asked(model: ViT, config: TrainConfig, device: torch.device) -> s
     """Compiles the blocks where --compile or the device asks for it; returns what the log says."""
     if not _use_compile(config, device):
         return "not compiled"
-    compile_blocks(model, config.tp_comm_overlap)
-    return "compiled" + config.tp_comm_overlap * ", tp collectives under the products"
+    compile_blocks(model)
+    return "compiled"
+
+
+def peers_text(model: ViT, optimizer: ShardedOptimizer) -> str:
+    """What the log says of copies between the GPUs of a host."""
+    return (", tp collectives under the products" * model.grid.tp.overlap
+            + ", gradients summed by peer copies" * bool(optimizer.peers))
 
 
 def end_processes() -> None:
@@ -842,7 +852,7 @@ def benchmark(config: TrainConfig, vit: ViTConfig, batch: tuple, grid: Grid, dev
         log.print(f"torch {torch.__version__}, {grid.world.size} x {_device_name(device)}, "
                   f"dropout {vit.hidden_dropout}, {compiled}, checkpointing "
                   f"{config.activation_checkpointing}"
-                  + ", gradients summed by peer copies" * bool(optimizer.peers))
+                  + peers_text(model, optimizer))
         row = {"model": config.model, "tp x dp": f"{grid.tp.size} x {dp}", "micro-batch": micro,
                "accumulation": accumulation, "precision": config.precision, "attention": kernel,
                "ms (min-max)": f"{1e3 * median:.1f} ({1e3 * times[0]:.1f}-{1e3 * times[-1]:.1f})",
@@ -961,11 +971,10 @@ def main(argv: list[str] | None = None) -> None:
                 f"legal for {config.model}: {', '.join(map(str, legal_tp))}")
         if config.peer_copies and not config.dry_run and (world == 1 or device_type == "cpu"):
             raise ValueError("--peer-copies needs several GPUs of one host; leave it out here")
-        if config.tp_comm_overlap and (
-                config.tensor_parallel_size == 1 or config.fp8
-                or config.compile is False or (device_type == "cpu" and not config.dry_run)):
-            raise ValueError("--tp-comm-overlap needs --tensor-parallel-size above 1, GPUs, "
-                             "compiled blocks (no --no-compile) and a --precision without fp8")
+        if config.tp_comm_overlap and (config.tensor_parallel_size == 1 or config.fp8
+                                       or device_type == "cpu" and not config.dry_run):
+            raise ValueError("--tp-comm-overlap needs --tensor-parallel-size above 1, GPUs and a "
+                             "--precision without fp8")
         if config.benchmark and "global_batch_size" not in given:  # one micro-batch a step
             micro = config.micro_batch_size or largest_micro_batch(config, device_type == "cuda")
             config = dataclasses.replace(config, global_batch_size=micro * max(
@@ -1052,7 +1061,7 @@ def main(argv: list[str] | None = None) -> None:
               f"images; {total_steps:,} steps = "
               f"{total_steps * config.global_batch_size / len(train_set):,.1f} epochs")
     log.print(f"precision {config.precision}, attention {kernel} ({why}), {compiled}"
-              + ", gradients summed by peer copies" * bool(optimizer.peers))
+              + peers_text(model, optimizer))
     log.print(f"weight decay {config.weight_decay} on {len(decay)} matrices, none on "
               f"{len(no_decay)} biases, norms, tokens and positions")
     if config.warmup_steps >= total_steps:
