@@ -100,7 +100,7 @@ class Attention(nn.Module):
             return visit(x, self.qkv, self.attend, self.proj)
         return self.proj(self.attend(self.qkv(x)))                             # [b, S, D]
 
-    def attend(self, qkv):                                                     # [t*b, S, 3D/t]
+    def attend(self, qkv):                     # t*b images of the group, or one rank's in `visit`
         if self.kernel == "triton":
             return ShortAttention.apply(qkv, self.qkv.bias, self.head_dim)     # [t*b, S, D/t]
         qkv = qkv.unflatten(-1, (3, -1, self.head_dim))                        # [t*b,S,3,nh/t,hd]
@@ -129,7 +129,7 @@ class Mlp(nn.Module):
             return visit(x, self.fc1, self.act, self.fc2)
         return self.fc2(self.act(self.fc1(x)))                                 # [b, S, D]
 
-    def act(self, x):                                                          # [t*b, S, ffn/t]
+    def act(self, x):                                              # [t*b or b, S, ffn/t]
         return F.gelu(x, approximate=self.gelu)
 
 
@@ -198,7 +198,9 @@ class Block(nn.Module):
     def forward(self, x, y, seeds):
         if self.selective and torch.is_grad_enabled():
             contexts = partial(create_selective_checkpoint_contexts, _selective_policy)
-            return checkpoint(self._forward, x, y, seeds, use_reentrant=False, context_fn=contexts)
+            # Stopping early would leave a shift that has begun without its end.
+            return checkpoint(self._forward, x, y, seeds, use_reentrant=False, context_fn=contexts,
+                              early_stop=not self.attn.qkv.tp.overlap)
         return self._forward(x, y, seeds)
 
     def _forward(self, x, y, seeds):
@@ -279,7 +281,8 @@ class ViT(nn.Module):
                               device=y.device)                                 # of dropout
         for first, end, recompute in self.plan:
             if recompute and torch.is_grad_enabled():
-                x, y = checkpoint(self.run_blocks, x, y, seeds, first, end, use_reentrant=False)
+                x, y = checkpoint(self.run_blocks, x, y, seeds, first, end, use_reentrant=False,
+                                  early_stop=not self.grid.tp.overlap)
             else:
                 x, y = self.run_blocks(x, y, seeds, first, end)
         x, y = x[:, 0], y[:, 0]                                                # [B, D] token 0

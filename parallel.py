@@ -11,6 +11,7 @@ and loss are never computed twice and need no shared random stream. Half a trans
     f  all-gather of the images over tp       (backward: reduce-scatter)
     g  reduce-scatter of the images over tp   (backward: all-gather)
 
+(or the same in shifts from rank to rank beside the products, see `visit`)
 which moves the same bytes as Megatron's two all-reduces per half (arXiv:1909.08053), as its
 sequence parallelism does (arXiv:2205.05198), with the images as the dimension that is split.
 
@@ -206,7 +207,8 @@ def visit(x_local, column, between, row):
     The images of every rank visit each other rank, go through its columns, `between` and its rows,
     and return as its share of the sum. A rank's own images are multiplied by its columns while the
     first visitors are on their way, and by its rows while the last ones return. Backward is the
-    same the other way round, by autograd. (Wang et al., ASPLOS 2023, decompose one collective and
+    same the other way round, by autograd; selective recomputation repeats the shifts, with nothing
+    beside most of them. (Wang et al., ASPLOS 2023, decompose one collective and
     its product like this; here it is a whole half block, so that attention and GELU hide copies.)
 
     g/14 on 2 H200, tp 2, micro-batch 128 (torch 2.11): 508 images/s; with the collectives between
@@ -257,14 +259,15 @@ class PeerExchange:
 
     What is sent is pushed into one of two slots of the receiver's symmetric memory, and copied from
     there to the result once all ranks have met. A slot is written again two shifts later: the
-    meeting before that comes after the receiver's copy.
+    meeting before that comes after the receiver's copy. What is sent and the result are kept until
+    tp.size shifts later, when this stream waits for their copies in case that no one has.
     """
     of = {}  # by the name of the group, for the operator below
 
     def __init__(self, tp: Axis, device: torch.device):
         self.tp, self.device, self.count = tp, device, 0
         self.stream, self.ready = torch.cuda.Stream(), torch.cuda.Event()
-        self.sent = deque(maxlen=tp.size)  # kept from being freed before they are copied
+        self.kept = deque()
         self.reserve(1)
 
     def reserve(self, nbytes: int) -> None:
@@ -288,19 +291,22 @@ class PeerExchange:
             self.slots[key] = [self.handle.get_buffer(rank, x.shape, x.dtype, begin)
                                for rank in range(self.tp.size)]
         slots = self.slots[key]
-        self.sent.append(x)
+        while len(self.kept) >= self.tp.size:
+            self.kept.popleft()[-1].wait()
         self.ready.record()
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self.ready)
             slots[(self.tp.rank + i) % self.tp.size].copy_(x)
             self.handle.barrier()
             result.copy_(slots[self.tp.rank])
-            torch._C._distributed_c10d._register_work(result, symm_mem.Work())
+            work = symm_mem.Work()
+            torch._C._distributed_c10d._register_work(result, work)
+        self.kept.append((x, result, work))
         return result
 
 
 # An operator, for the compiler; torch.library.custom_op's take 15 us more a call.
-LIBRARY = torch.library.Library("vit", "DEF")
+LIBRARY = torch.library.Library("vit", "FRAGMENT")
 LIBRARY.define("shift(Tensor x, int i, str group) -> Tensor")
 LIBRARY.impl("shift", lambda x, i, group: PeerExchange.of[group].shift(x, i),
              "CompositeExplicitAutograd")

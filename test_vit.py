@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import data as data_module
 import model as model_module
@@ -129,7 +130,7 @@ class FileMemory:
 
     def __init__(self, folder, log):
         self.folder, self.log, self.count = folder, log, 0
-        self.Work = self.enable_symm_mem_for_group = lambda *args: None
+        self.enable_symm_mem_for_group = lambda name: None
 
     def empty(self, numel, dtype, device):
         self.numel, self.dtype, self.count = numel, dtype, self.count + 1
@@ -165,14 +166,57 @@ def share_files(folder, log):
     torch.cuda.Stream = torch.cuda.current_stream = lambda: stream
     torch.cuda.Event = lambda: event
     torch.cuda.stream, torch.cuda.synchronize = contextlib.nullcontext, lambda: None
-    torch._C._distributed_c10d._register_work = lambda result, work: log.append("begun")
     parallel.symm_mem = FileMemory(folder, log)
     parallel.peers_in_reach = lambda axis, device: axis.size > 1
+    parallel.symm_mem.Work, works = partial(Late, log), []
+    shift, register = parallel.PeerExchange.shift, torch._C._distributed_c10d._register_work
+
+    def begin(self, x, i):
+        result = shift(self, x, i)
+        works[-1].delay(x, result)
+        return result
+
+    def begun(result, work):
+        log.append("begun")
+        works.append(work)
+        register(result, work)
+    parallel.PeerExchange.shift, torch._C._distributed_c10d._register_work = begin, begun
+    return works
+
+
+class Late(torch._C._distributed_c10d.Work):
+    """A shift's end: its result is NaN before, as on a GPU what it sends is still to be copied and
+    its result to be written: neither may have been freed, nor the first changed."""
+
+    def __init__(self, log):
+        super().__init__()
+        self.log, self.pending = log, False
+
+    def delay(self, *tensors):
+        self.places = [(StorageWeakRef(x.untyped_storage()), x.dtype, x.storage_offset(), x.shape)
+                       for x in tensors]
+        self.sent, self.value = (x.clone() for x in tensors)
+        tensors[1].fill_(float("nan"))
+        self.pending = True
+
+    def wait(self, timeout=None):
+        if self.pending:
+            self.log.append("wait")
+            assert not any(place[0].expired() for place in self.places), "freed"
+            sent, result = (
+                torch.empty(0, dtype=dtype).set_(
+                    torch.UntypedStorage._new_with_weak_ptr(ref.cdata), offset, shape)
+                for ref, dtype, offset, shape in self.places)
+            assert torch.equal(sent, self.sent), "changed"
+            result.copy_(self.value)
+            self.pending = False
+        return True
 
 
 def overlapped_grid(grid, folder, log=None):
-    share_files(folder, [] if log is None else log)
-    return replace(grid, tp=parallel.overlapped(grid.tp, torch.device("cpu"), None))
+    """(the grid, with tensor-parallel shifts through files; these, as they begin)."""
+    works = share_files(folder, [] if log is None else log)
+    return replace(grid, tp=parallel.overlapped(grid.tp, torch.device("cpu"), None)), works
 
 
 def random_weights(config, seed=1, scale=0.1):
@@ -552,7 +596,7 @@ def test_activation_checkpointing_keeps_fewer_activations():
 
 
 def _compiled_against_eager(tp, folder):
-    grid = overlapped_grid(grid_of(tp), folder) if folder else grid_of(tp)
+    grid = overlapped_grid(grid_of(tp), folder)[0] if folder else grid_of(tp)
     config = replace(TINY, hidden_dropout=0.1)
     weights, (images, labels) = random_weights(config), batch_of(config, 4)
     mine = slice(grid.tp.rank * 4 // tp, (grid.tp.rank + 1) * 4 // tp)
@@ -939,7 +983,7 @@ def test_split_cuts_heads_inside_q_k_and_v():
 def _tensor_parallel_run(tp, options, folder=None):
     """Logits, input gradients and full weight gradients of 8 images over tp ranks; with a folder,
     f and g beside the products."""
-    grid = overlapped_grid(grid_of(tp), folder) if folder else grid_of(tp)
+    grid, works = overlapped_grid(grid_of(tp), folder) if folder else (grid_of(tp), [])
     dtype = torch.bfloat16 if options.get("fp8") else torch.float32
     config = replace(TINY, head="mlp")
     weights, (images, _) = random_weights(config), batch_of(config, 8)
@@ -956,6 +1000,7 @@ def _tensor_parallel_run(tp, options, folder=None):
     logits = model(x)
     forward_calls = dict(calls)
     (logits * torch.randn(logits.shape, generator=_generator("w", grid.tp.rank))).sum().backward()
+    assert not any(work.pending for work in works)
     full = {}
     for name, param in model.named_parameters():
         split = getattr(param, "tp_split", None)
@@ -970,11 +1015,12 @@ def _tensor_parallel_run(tp, options, folder=None):
 
 @pytest.mark.parametrize("tp, recompute, overlap", [
     (2, "none", False), (2, "full", False), (4, "none", False), (4, "full", False),
-    (2, "full", True), (4, "none", True)])
+    (2, "full", True), (4, "none", True), (4, "selective", True)])
 def test_tensor_parallel_equals_the_unsplit_model(tp, recompute, overlap, tmp_path):
     """Logits, input gradients and every gathered weight and bias gradient, batch 8 / tp >= 2 on a
     rank, all biases non-zero: within 1e-5 of the plain model (fp32 sums in another order). With
-    overlap the collectives are --tp-comm-overlap's shifts, and no other."""
+    overlap the collectives are --tp-comm-overlap's shifts, and no other; each is waited for, and
+    what it reads and writes stays in place until then (see Late)."""
     options = dict(activation_checkpointing=recompute)
     results, _, _ = run_ranks(tp, _tensor_parallel_run, tp, options, overlap and tmp_path)
     assert all(any(r[4].values()) != overlap for r in results)
@@ -1013,7 +1059,7 @@ def _products_and_shifts(folder):
     log, grid, results = [], grid_of(2), []
     for visiting in False, True:
         if visiting:
-            grid = overlapped_grid(grid, folder, log)
+            grid, _ = overlapped_grid(grid, folder, log)
             globals()["grid_of"] = lambda tp, grid=grid: grid
         results.append(_train_steps(2, 1, 4, dict(optimizer="sgd", clip_grad=0.1), 2)[2])
 
@@ -1027,7 +1073,6 @@ def _products_and_shifts(folder):
     for name, layer in [("columns", parallel.ColumnParallelLinear),
                         ("rows", parallel.RowParallelLinear)]:
         layer.product = logged(name, layer.product)
-    parallel.FUNCTIONAL = types.SimpleNamespace(wait_tensor=lambda x: log.append("wait") or x)
     model = ViT(TINY, grid)
     log.clear()
     loss = model(batch_of(TINY, 2)[0]).sum()
@@ -1203,15 +1248,16 @@ def _reach(reach, hosts):
     os.environ["GROUP_RANK"] = hosts[rank]
     torch.cuda.device_count = lambda: 2
     torch.cuda.can_device_access_peer = lambda device, peer: (device.index, peer) in reach
-    return [parallel.peers_in_reach(grid_of(1).world, torch.device(*place))
-            for place in [("cuda", rank), ("cpu",)]]
+    world = grid_of(1).world
+    return [parallel.peers_in_reach(world, torch.device(*place))
+            for place in [("cpu",), ("cuda", rank)]]
 
 
 @pytest.mark.parametrize("hosts, reach, expected", [
     ("00", {(0, 1), (1, 0)}, True), ("00", {(0, 1)}, False), ("01", {(0, 1), (1, 0)}, False)])
 def test_peer_copies_are_for_gpus_of_one_host_that_reach_each_other(hosts, reach, expected):
     """All ranks agree, also where only one of them is told that it cannot reach the other."""
-    assert run_ranks(2, _reach, reach, hosts)[0] == [[expected, False]] * 2
+    assert run_ranks(2, _reach, reach, hosts)[0] == [[False, expected]] * 2
 
 
 @pytest.mark.parametrize("make, flag", [
