@@ -85,7 +85,8 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused qkv product; each tp rank computes nh/t heads."""
+    """Multi-head self-attention with one fused qkv product; each tp rank computes nh/t heads, of
+    n = t*b images, or of b at a time in `visit`."""
 
     def __init__(self, config: ViTConfig, grid: Grid, kernel: str, fp8: bool):
         super().__init__()
@@ -100,22 +101,22 @@ class Attention(nn.Module):
             return visit(x, self.qkv, self.attend, self.proj)
         return self.proj(self.attend(self.qkv(x)))                             # [b, S, D]
 
-    def attend(self, qkv):                     # t*b images of the group, or one rank's in `visit`
+    def attend(self, qkv):                                                     # [n, S, 3D/t]
         if self.kernel == "triton":
-            return ShortAttention.apply(qkv, self.qkv.bias, self.head_dim)     # [t*b, S, D/t]
-        qkv = qkv.unflatten(-1, (3, -1, self.head_dim))                        # [t*b,S,3,nh/t,hd]
-        q, k, v = qkv.unbind(2)                                                # [t*b,S,nh/t,hd]
+            return ShortAttention.apply(qkv, self.qkv.bias, self.head_dim)     # [n, S, D/t]
+        qkv = qkv.unflatten(-1, (3, -1, self.head_dim))                        # [n, S,3,nh/t,hd]
+        q, k, v = qkv.unbind(2)                                                # [n, S, nh/t, hd]
         rate = self.dropout if self.training else 0.0
         if self.kernel == "flash-attn":
             y = flash_attn_func(q, k, v, dropout_p=rate)
         else:
-            q, k, v = (z.transpose(1, 2) for z in (q, k, v))                   # [t*b,nh/t,S,hd]
+            q, k, v = (z.transpose(1, 2) for z in (q, k, v))                   # [n, nh/t, S, hd]
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=rate).transpose(1, 2)
-        return y.flatten(2)                                                    # [t*b, S, D/t]
+        return y.flatten(2)                                                    # [n, S, D/t]
 
 
 class Mlp(nn.Module):
-    """linear, GELU, linear; each tp rank computes ffn/t of the hidden features."""
+    """linear, GELU, linear; each tp rank computes ffn/t of the hidden features, of n images."""
 
     def __init__(self, config: ViTConfig, grid: Grid, fp8: bool):
         super().__init__()
@@ -129,7 +130,7 @@ class Mlp(nn.Module):
             return visit(x, self.fc1, self.act, self.fc2)
         return self.fc2(self.act(self.fc1(x)))                                 # [b, S, D]
 
-    def act(self, x):                                              # [t*b or b, S, ffn/t]
+    def act(self, x):                                                          # [n, S, ffn/t]
         return F.gelu(x, approximate=self.gelu)
 
 

@@ -24,7 +24,6 @@ Letters: b images of this rank's micro-batch, S tokens, D hidden size, F the wid
 t = tp size, N = size of the group that shares a bucket; `_local` and `/t` mark shards.
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -33,7 +32,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -192,7 +191,7 @@ def overlapped(tp: Axis, device: torch.device, wanted: bool | None) -> Axis:
         return tp
     if peers_in_reach(tp, device):
         PeerExchange.of[tp.group.group_name] = PeerExchange(tp, device)
-        return dataclasses.replace(tp, overlap=True)
+        return replace(tp, overlap=True)
     if wanted:
         raise ValueError("--tp-comm-overlap needs tensor-parallel groups within a host, of GPUs "
                          "that read each other's memory (NVLink); leave it out here")
@@ -208,8 +207,8 @@ def visit(x_local, column, between, row):
     and return as its share of the sum. A rank's own images are multiplied by its columns while the
     first visitors are on their way, and by its rows while the last ones return. Backward is the
     same the other way round, by autograd; selective recomputation repeats the shifts, with nothing
-    beside most of them. (Wang et al., ASPLOS 2023, decompose one collective and
-    its product like this; here it is a whole half block, so that attention and GELU hide copies.)
+    beside most of them. (Wang et al., ASPLOS 2023, decompose one collective and its product like
+    this; here it is a whole half block, so that attention and GELU hide copies too.)
 
     g/14 on 2 H200, tp 2, micro-batch 128 (torch 2.11): 508 images/s; with the collectives between
     the products 441; two GPUs on their own 550. In fp8 twice as many small kernels kept the host

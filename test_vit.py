@@ -2100,6 +2100,9 @@ BAD_INPUT = [
     (1, ["--precision", "bf16-O2-fp8", "--global-batch-size", "24"], "nearest: 16, 32"),
     (1, ["--peer-copies"], "--peer-copies needs several GPUs of one host"),
     (1, ["--tp-comm-overlap"], "--tp-comm-overlap needs --tensor-parallel-size above 1"),
+    (2, ["--tp-comm-overlap", "--tensor-parallel-size", "2"], "above 1, GPUs and a --precision"),
+    (2, ["--tp-comm-overlap", "--tensor-parallel-size", "2", "--precision", "bf16-O2-fp8",
+         "--dry-run"], "and a --precision without fp8"),
     (1, ["--profile"], "--profile needs --benchmark N"),
     (1, ["--benchmark", "2"], "--data has no effect with --benchmark"),
 ]
