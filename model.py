@@ -149,7 +149,8 @@ class DropPath(nn.Module):
         return x * mask / self.keep.to(x.dtype)
 
 
-# Selective recomputation keeps these results and recomputes the rest (norms, GELU, dropout, f, g).
+# Selective recomputation keeps these results, those of g too, and recomputes the rest (norms, GELU,
+# dropout, f).
 KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -158,11 +159,14 @@ KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }
 
 
 def _selective_policy(context, op, *args, **kwargs):
-    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    returns = op == torch.ops.vit.shift.default and args[1] < 0  # g, where images visit
+    kept = op in KEPT or returns
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def dropout(x, rate: float, seed):

@@ -622,6 +622,58 @@ def test_compiled_gradients_equal_eager_ones(tp, overlap, tmp_path):
         assert graphs == 2
 
 
+def _compiled_with_recomputation(tp, folder):
+    """For none and selective: bytes that a block keeps for backward, apart from weights; what the
+    plan says; the largest difference of gradients from the eager model's."""
+    grid = overlapped_grid(grid_of(tp), folder)[0] if folder else grid_of(tp)
+    config = replace(TINY, hidden_dropout=0.1)
+    weights, (images, labels) = random_weights(config), batch_of(config, 4)
+    mine = slice(grid.tp.rank * 4 // tp, (grid.tp.rank + 1) * 4 // tp)
+
+    def run(model):
+        torch.manual_seed(3)
+        F.cross_entropy(model(images[mine]), labels[mine], reduction="sum").backward()
+        return gradients(model)
+
+    eager, results = run(build(config, grid, weights)), []
+    for mode in ("none", "selective"):
+        model, kept = build(config, grid, weights, activation_checkpointing=mode), {}
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(t, kept=kept, own=own):
+            if t.untyped_storage().data_ptr() not in own:
+                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        def run_blocks(*args, run_blocks=model.run_blocks, pack=pack):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                return run_blocks(*args)
+
+        model.run_blocks = run_blocks
+        for block in model.blocks:  # cut into forward and backward as for Inductor, run eagerly
+            block.forward = torch.compile(block.forward, backend="aot_eager_decomp_partition",
+                                          fullgraph=True, dynamic=False)
+        difference = max_difference(run(model), eager)
+        flags = TrainConfig(activation_checkpointing=mode, tensor_parallel_size=tp,
+                            precision="fp32", tp_comm_overlap=bool(folder))
+        one, two = (train.activation_bytes(replace(config, num_layers=n), flags, 4 // tp)
+                    for n in (1, 2))
+        results.append((sum(kept.values()) / config.num_layers, two - one, difference))
+    return results
+
+
+@pytest.mark.parametrize("tp, overlap", [(1, False), (2, False), (2, True)])
+def test_compiled_blocks_keep_what_the_plan_says(tp, overlap, tmp_path):
+    """Within 3 %, with no and with selective recomputation: the plan leaves out the statistics of
+    norms and attention, a number a token or head. (If selective repeated a reduce-scatter, it would
+    keep the product before it.) Gradients as in the test above."""
+    for modes in run_ranks(tp, _compiled_with_recomputation, tp, overlap and tmp_path,
+                           timeout=200)[0]:
+        for kept, planned, difference in modes:
+            assert kept == pytest.approx(planned, rel=0.03)
+            assert difference < 1e-5
+
+
 # ----------------------------------------------------------------------------- data.py
 HW = (32, 32)
 DATA_CONFIG = TrainConfig(global_batch_size=12, num_workers=0, seed=5)

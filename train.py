@@ -503,29 +503,31 @@ def activation_bytes(vit: ViTConfig, config: TrainConfig, images: int) -> int:
 
     Per token of a block, in elements of the activations' dtype: the two norms' inputs 2D and
     outputs, gathered over tp, 2tD; q, k, v and attention's output 4D; the MLP's hidden layer before
-    and after GELU 2F; a byte for each of two dropout masks. Selective keeps the block's inputs x
-    and y, qkv, attention's output, proj's and fc1's, 7D + F. Full keeps x and y and, while backward
-    is in a recomputed run of blocks, that run's own activations. With fp8 products, the products'
+    and after GELU 2F; a byte for each of two dropout masks. With fp8 products, the products'
     inputs, (2t + 1)D + F, are kept in a byte an element, and the weights' transposed.
+
+    Selective keeps the block's inputs x and y, qkv, attention's output, proj's and fc1's, 7D + F;
+    where images visit (--tp-comm-overlap), proj's in t parts, (6 + t)D + F. Full keeps x and y.
+    Both keep what a block or run of blocks keeps by itself while backward is in it.
     """
     d, f, t = vit.hidden_size, vit.ffn_hidden_size, config.tensor_parallel_size
     element = 4 if config.precision == "fp32" else 2
     masks = 2 * d if vit.hidden_dropout else 0
     tokens = images * vit.seq_length
     block = tokens * (element * (6 * d + 2 * t * d + 2 * f) + masks)
-    if config.activation_checkpointing == "selective":
-        block = tokens * element * (7 * d + f)
-    elif config.fp8:
+    if config.fp8:
         block = tokens * (2 * (6 * d + f) + (2 * t + 1) * d + f + masks) + 2 * d * (2 * d + f) // t
+    parts = 1 if config.fp8 or config.tp_comm_overlap is False else t
+    selective = tokens * element * ((6 + parts) * d + f)
     entry = tokens * 2 * element * d
     layers, n = vit.num_layers, config.checkpoint_num_layers
-    if config.activation_checkpointing != "full":
-        total = layers * block
-    elif config.checkpoint_method == "uniform":
-        total = math.ceil(layers / n) * entry + min(n, layers) * block
-    else:
-        total = min(n, layers) * entry + max(layers - n, 0) * block + (block if n else 0)
-    return total
+    if config.activation_checkpointing == "none":
+        return layers * block
+    if config.activation_checkpointing == "selective":
+        return layers * selective + block - selective
+    if config.checkpoint_method == "uniform":
+        return math.ceil(layers / n) * entry + min(n, layers) * block
+    return min(n, layers) * entry + max(layers - n, 0) * block + (block if n else 0)
 
 
 def memory_plan(vit: ViTConfig, config: TrainConfig, tp: int, dp: int, micro: int) -> dict:
