@@ -595,36 +595,10 @@ def test_activation_checkpointing_keeps_fewer_activations():
     assert kept("none", "uniform") > kept("full", "block") > kept("full", "uniform")
 
 
-def _compiled_against_eager(tp, folder):
-    grid = overlapped_grid(grid_of(tp), folder)[0] if folder else grid_of(tp)
-    config = replace(TINY, hidden_dropout=0.1)
-    weights, (images, labels) = random_weights(config), batch_of(config, 4)
-    mine = slice(grid.tp.rank * 4 // tp, (grid.tp.rank + 1) * 4 // tp)
-    results = []
-    for compiled in (False, True):
-        model = build(config, grid, weights)
-        if compiled:
-            compile_blocks(model)
-        torch.manual_seed(3)
-        F.cross_entropy(model(images[mine]), labels[mine], reduction="sum").backward()
-        results.append(gradients(model))
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    return max_difference(*results), graphs
-
-
-@pytest.mark.parametrize("tp, overlap", [(1, False), (2, False), (2, True)])
-def test_compiled_gradients_equal_eager_ones(tp, overlap, tmp_path):
-    """torch.compile of embedding and blocks, collectives inside, dropout on: each weight's gradient
-    within 1e-5 (sums of a few hundred terms in another order), and one graph serves all blocks."""
-    for difference, graphs in run_ranks(tp, _compiled_against_eager, tp, overlap and tmp_path,
-                                        timeout=200)[0]:
-        assert difference < 1e-5
-        assert graphs == 2
-
-
-def _compiled_with_recomputation(tp, folder):
-    """For none and selective: bytes that a block keeps for backward, apart from weights; what the
-    plan says; the largest difference of gradients from the eager model's."""
+def _compiled_beside_eager(tp, folder):
+    """For a compiled model, and one with selective recomputation, cut into forward and backward
+    like it but run eagerly, to save time: the largest difference of gradients from the eager
+    model's, graphs, bytes that a block keeps for backward, apart from weights, and the plan's."""
     grid = overlapped_grid(grid_of(tp), folder)[0] if folder else grid_of(tp)
     config = replace(TINY, hidden_dropout=0.1)
     weights, (images, labels) = random_weights(config), batch_of(config, 4)
@@ -650,28 +624,46 @@ def _compiled_with_recomputation(tp, folder):
                 return run_blocks(*args)
 
         model.run_blocks = run_blocks
-        for block in model.blocks:  # cut into forward and backward as for Inductor, run eagerly
-            block.forward = torch.compile(block.forward, backend="aot_eager_decomp_partition",
-                                          fullgraph=True, dynamic=False)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        if mode == "none":
+            compile_blocks(model)
+        else:
+            for block in model.blocks:
+                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False,
+                                              backend="aot_eager_decomp_partition")
         difference = max_difference(run(model), eager)
         flags = TrainConfig(activation_checkpointing=mode, tensor_parallel_size=tp,
                             precision="fp32", tp_comm_overlap=bool(folder))
         one, two = (train.activation_bytes(replace(config, num_layers=n), flags, 4 // tp)
                     for n in (1, 2))
-        results.append((sum(kept.values()) / config.num_layers, two - one, difference))
+        results.append((difference, torch._dynamo.utils.counters["stats"]["unique_graphs"],
+                        sum(kept.values()) / config.num_layers, two - one))
     return results
 
 
-@pytest.mark.parametrize("tp, overlap", [(1, False), (2, False), (2, True)])
-def test_compiled_blocks_keep_what_the_plan_says(tp, overlap, tmp_path):
-    """Within 3 %, with no and with selective recomputation: the plan leaves out the statistics of
-    norms and attention, a number a token or head. (If selective repeated a reduce-scatter, it would
-    keep the product before it.) Gradients as in the test above."""
-    for modes in run_ranks(tp, _compiled_with_recomputation, tp, overlap and tmp_path,
-                           timeout=200)[0]:
-        for kept, planned, difference in modes:
-            assert kept == pytest.approx(planned, rel=0.03)
-            assert difference < 1e-5
+@pytest.fixture(scope="module", params=[(1, False), (2, False), (2, True)])
+def compiled(request, tmp_path_factory):
+    tp, overlap = request.param
+    ranks = run_ranks(tp, _compiled_beside_eager, tp, overlap and tmp_path_factory.mktemp("shared"),
+                      timeout=200)[0]
+    return [mode for modes in ranks for mode in modes]
+
+
+def test_compiled_gradients_equal_eager_ones(compiled):
+    """torch.compile of embedding and blocks, collectives inside, dropout on, without and with
+    selective recomputation (blocks only): each weight's gradient within 1e-5 (sums of a few hundred
+    terms in another order), and one graph serves all blocks."""
+    for difference, _, _, _ in compiled:
+        assert difference < 1e-5
+    assert [graphs for _, graphs, _, _ in compiled] == [2, 1] * (len(compiled) // 2)
+
+
+def test_compiled_blocks_keep_what_the_plan_says(compiled):
+    """Within 3 %: the plan leaves out the statistics of norms and attention, a number a token or
+    head. (If selective repeated a reduce-scatter, it would keep the product before it.)"""
+    for _, _, kept, planned in compiled:
+        assert kept == pytest.approx(planned, rel=0.03)
 
 
 # ----------------------------------------------------------------------------- data.py
