@@ -235,7 +235,7 @@ class ViT(nn.Module):
     kernel: sdpa, or triton (ShortAttention) or flash-attn, the package (both bf16 on CUDA).
     activation_checkpointing: what backward recomputes instead of keeping.
         none       nothing
-        selective  everything but matrix products and attention (KEPT)
+        selective  everything but matrix products, attention and what g returns (KEPT)
         full       whole blocks; NeMo's activations_checkpoint_granularity=full:
                    uniform: every run of checkpoint_num_layers blocks keeps only its input
                    block:   the first checkpoint_num_layers blocks keep only their inputs, each

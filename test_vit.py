@@ -642,7 +642,8 @@ def _compiled_beside_eager(tp, folder):
     return results
 
 
-@pytest.fixture(scope="module", params=[(1, False), (2, False), (2, True)])
+@pytest.fixture(scope="module", params=[(1, False), (2, False), (2, True)],
+                ids=["tp1", "tp2", "tp2-overlap"])
 def compiled(request, tmp_path_factory):
     tp, overlap = request.param
     ranks = run_ranks(tp, _compiled_beside_eager, tp, overlap and tmp_path_factory.mktemp("shared"),

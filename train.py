@@ -507,8 +507,9 @@ def activation_bytes(vit: ViTConfig, config: TrainConfig, images: int) -> int:
     inputs, (2t + 1)D + F, are kept in a byte an element, and the weights' transposed.
 
     Selective keeps the block's inputs x and y, qkv, attention's output, proj's and fc1's, 7D + F;
-    where images visit (--tp-comm-overlap), proj's in t parts, (6 + t)D + F. Full keeps x and y.
-    Both keep what a block or run of blocks keeps by itself while backward is in it.
+    where images visit, which is assumed if --tp-comm-overlap allows it, proj's in t parts,
+    (6 + t)D + F. Full keeps x and y. Both keep what a block or run of blocks keeps by itself while
+    backward is in it. (Compiled; eager selective keeps partial sums of row products as well.)
     """
     d, f, t = vit.hidden_size, vit.ffn_hidden_size, config.tensor_parallel_size
     element = 4 if config.precision == "fp32" else 2
