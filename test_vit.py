@@ -7,6 +7,7 @@ non-zero biases, dropout where it matters.
 
 import contextlib
 import csv
+import faulthandler
 import gc
 import itertools
 import json
@@ -75,6 +76,7 @@ def _rank_main(rank, world, folder, port, function, args):
     log = open(f"{folder}/output_{rank}", "wb", buffering=0)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                       LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -103,6 +105,9 @@ def run_ranks(world, function, *args, check=True, timeout=120):
         for process in ranks:
             process.join(max(deadline - time.monotonic(), 0.1))
         late = [r for r, process in enumerate(ranks) if process.is_alive()]
+        for r in late:  # says where it stands
+            os.kill(ranks[r].pid, signal.SIGUSR1)
+        time.sleep(bool(late))
         for process in ranks:
             process.kill()
             process.join()
