@@ -17,10 +17,14 @@ A batch is images uint8 [b, 3, H, W], labels int64 [b], indices int64 [b], with
     label -100, index >= 0    an unreadable image, drawn black: the loss ignores label -100
     label -100, index -1      padding of an evaluation batch, drawn black
 
-and, when training with --augmentation nemo, the rows float32 [b, 8] of `color_jitter`: workers draw
-them with the view's generator, and the device applies them in `normalize`.
+and, when training with --augmentation nemo, the rows float32 [b, 8] of `augment.color_jitter`:
+workers draw them with the view's generator, and the device applies them in `augment.normalize`.
+
+`python data.py digits DIR` writes a small folder of real images to train on.
 """
 
+import argparse
+import contextlib
 import functools
 import math
 import os
@@ -28,16 +32,15 @@ import shutil
 import signal
 import sys
 import threading
-import unicodedata
 import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
-from configs import TrainConfig, stable_seed
+from augment import draw_jitter, eval_transform, train_transform
+from configs import stable_seed
 
 IGNORE = -100  # the default ignore_index of F.cross_entropy
 PADDING = -1   # index of an image that only fills a batch
@@ -48,12 +51,6 @@ Image.MAX_IMAGE_PIXELS = 1 << 27
 
 
 # ----------------------------------------------------------------------------- one image file
-UPRIGHT = dict(zip(range(2, 9), (  # how to turn an image, by its EXIF orientation
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90)))
-
-
 def decode(file) -> Image.Image:
     """Reads a path or an open file as an upright 8-bit RGB image: first frame, alpha dropped.
 
@@ -64,15 +61,13 @@ def decode(file) -> Image.Image:
         warnings.simplefilter("ignore")  # Pillow's on damaged EXIF and palette transparency
         with Image.open(file) as image:
             image.load()
-            try:
-                orientation = image.getexif().get(0x0112)  # after load: TIFF turns itself there
-            except Exception:  # noqa: BLE001 damaged EXIF does not make an image unreadable
-                orientation = None
+            with contextlib.suppress(Exception):  # damaged EXIF makes no image unreadable
+                image.getexif()     # only now, as a TIFF turns itself while it loads
+                image.info.clear()  # or the rest of the EXIF would be encoded anew, which is slow
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "IF":  # Pillow's own conversion would clip these to white
                 image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode))
-            if image.mode != "RGB":  # else convert() would copy it
-                image = image.convert("RGB")
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+            return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_8_bits(grey: np.ndarray, mode: str) -> np.ndarray:
@@ -85,29 +80,30 @@ def _to_8_bits(grey: np.ndarray, mode: str) -> np.ndarray:
 
 # ----------------------------------------------------------------------------- sources of images
 class ImageFolder:
-    """The images of ROOT/SPLIT/CLASS/**: a compact index of n paths, made by `scan_folder`; or,
-    flat, those of ROOT/SPLIT/**, made by `scan_flat`.
+    """The images of ROOT/SPLIT, made by `scan_folder` or `scan_flat`: a compact index of n paths.
 
-    names    uint8 [total bytes]   every path below its class folder (or the split), end to end
+    names    uint8 [total bytes]   every path below ROOT/SPLIT, end to end
     offsets  int64 [n + 1]         path i is names[offsets[i]:offsets[i + 1]]
-    labels   int32 [n]             the class of image i
+    labels   int32 [n]             the class of image i, a position in `classes`
 
     Three arrays, because reading a Python list of paths in forked workers touches the reference
     count of each string and so copies the whole list, page by page, into every worker.
     """
 
-    def __init__(self, root, split, classes: list[str], names, offsets, labels, flat=False):
-        self.root, self.split, self.classes, self.flat = os.fspath(root), split, classes, flat
-        self.names, self.offsets, self.labels = names, offsets, labels
+    def __init__(self, root, split: str, classes: list[str], names: bytes, lengths, labels):
+        """names: the paths end to end; lengths: of each, in bytes."""
+        self.root, self.split, self.classes = os.fspath(root), split, classes
+        self.names = np.frombuffer(names, np.uint8)
+        self.offsets = np.cumsum([0, *lengths], dtype=np.int64)
+        self.labels = np.asarray(labels, np.int32)
 
     def __len__(self):
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """The path below ROOT: SPLIT/CLASS/.../FILE."""
+        """The path below ROOT: SPLIT/.../FILE."""
         path = self.names[self.offsets[index]:self.offsets[index + 1]].tobytes()
-        folder = "" if self.flat else self.classes[self.labels[index]]
-        return os.path.join(self.split, folder, os.fsdecode(path))
+        return os.path.join(self.split, os.fsdecode(path))
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """The decoded image and its label; raises what `decode` raises."""
@@ -121,16 +117,13 @@ def scan_folder(root, split: str) -> ImageFolder:
     class folders, no class folder, and class folders without an image.
     """
     folder = os.path.join(root, split)
-    expected = f"expected {os.path.join(root, split, 'CLASS', 'image.jpg')}"
+    expected = f"expected {os.path.join(folder, 'CLASS', 'image.jpg')}"
     for path in (root, folder):
         if not os.path.isdir(path):
             raise ValueError(f"--data: no folder {path}; {expected}, or --data shapes")
-    classes, flat = [], []
-    for entry in sorted(os.listdir(folder)):
-        if not entry.startswith("."):
-            is_class = os.path.isdir(os.path.join(folder, entry))
-            (classes if is_class else flat).append(entry)
-    flat = [entry for entry in flat if entry.lower().endswith(EXTENSIONS)]
+    entries = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
+    classes = [entry for entry in entries if os.path.isdir(os.path.join(folder, entry))]
+    flat = [entry for entry in entries if _is_image(entry) and entry not in classes]
     if flat:
         raise ValueError(f"--data: {len(flat)} images such as {flat[0]} lie flat in {folder}, "
                          f"outside any class folder; {expected}"
@@ -139,19 +132,17 @@ def scan_folder(root, split: str) -> ImageFolder:
         raise ValueError(f"--data: {folder} has no class folders; {expected}")
 
     names, lengths, counts = bytearray(), [], []
-    for label in classes:
-        paths = sorted(_image_paths(os.path.join(folder, label)))
+    for label in classes:  # class by class, so that no list of all paths is ever held
+        paths = sorted(_image_paths(folder, label))
         names += b"".join(paths)
-        lengths.append(np.fromiter(map(len, paths), np.int64, len(paths)))
+        lengths += map(len, paths)
         counts.append(len(paths))
     empty = [label for label, count in zip(classes, counts) if not count]
     if empty:
         which = "class folders without an" if len(empty) < len(classes) else "not a single"
         raise ValueError(f"--data: {which} image in {folder}: {_first(empty)}; {expected} "
                          f"({' '.join(EXTENSIONS)})")
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    return ImageFolder(root, split, classes, np.frombuffer(bytes(names), np.uint8), offsets, labels)
+    return ImageFolder(root, split, classes, names, lengths, np.repeat(range(len(classes)), counts))
 
 
 def scan_flat(root, split: str, label_of: dict[str, str] | None = None,
@@ -168,23 +159,21 @@ def scan_flat(root, split: str, label_of: dict[str, str] | None = None,
     paths = sorted(_image_paths(folder))
     if not paths:
         raise ValueError(f"not a single image below {folder} ({' '.join(EXTENSIONS)})")
-    labels = np.zeros(len(paths), np.int32)
+    labels = [0] * len(paths)
     if label_of is not None:
-        numbers = all(label.isdigit() for label in label_of.values())
-        classes = classes or sorted(set(label_of.values()), key=int if numbers else None)
+        numeric = all(label.isdigit() for label in label_of.values())
+        classes = classes or sorted(set(label_of.values()), key=int if numeric else None)
+        number = {label: i for i, label in enumerate(classes)}
         stems = [_stem(os.path.basename(os.fsdecode(path))) for path in paths]
-        for what, odd in (("without a label", sorted(set(stems) - set(label_of))),
-                          ("missing", sorted(set(label_of) - set(stems))),
-                          ("of a class unknown to the model",
-                           sorted(n for n in label_of if label_of[n] not in set(classes)))):
+        unknown = [stem for stem, label in label_of.items() if label not in number]
+        for what, odd in (("without a label", set(stems) - set(label_of)),
+                          ("missing", set(label_of) - set(stems)),
+                          ("of a class unknown to the model", unknown)):
             if odd:
                 raise ValueError(f"--val-labels: {len(odd)} images of {folder} are {what}: "
-                                 f"{_first(odd)}")
-        number = {label: i for i, label in enumerate(classes)}
-        labels = np.array([number[label_of[stem]] for stem in stems], np.int32)
-    offsets = np.concatenate([[0], np.cumsum([len(path) for path in paths])])
-    return ImageFolder(root, split, classes or [""], np.frombuffer(b"".join(paths), np.uint8),
-                       offsets, labels, flat=True)
+                                 f"{_first(sorted(odd))}")
+        labels = [number[label_of[stem]] for stem in stems]
+    return ImageFolder(root, split, classes or [""], b"".join(paths), map(len, paths), labels)
 
 
 def read_labels(path) -> dict[str, str]:
@@ -206,20 +195,24 @@ def read_labels(path) -> dict[str, str]:
     return labels
 
 
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
 def _stem(name: str) -> str:
-    stem, ending = os.path.splitext(name)
-    return stem if ending.lower() in EXTENSIONS else name
+    return os.path.splitext(name)[0] if name.lower().endswith(EXTENSIONS) else name
 
 
-def _image_paths(folder: str):
-    """Yields the images below a folder as bytes relative to it; raises OSError, skips nothing."""
+def _image_paths(folder: str, below: str = ""):
+    """Yields the images in and under folder/below, as bytes relative to folder, in any order.
+    Raises OSError for what it cannot list: skips nothing but hidden names."""
     def fail(error):
         raise error
-    for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+    for parent, folders, files in os.walk(os.path.join(folder, below), onerror=fail,
+                                          followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield os.fsencode(os.path.join(parent[len(folder) + 1:], name))
+        for name in filter(_is_image, files):
+            yield os.fsencode(os.path.join(parent[len(folder) + 1:], name))
 
 
 def _first(names, most: int = 5) -> str:
@@ -275,13 +268,16 @@ class Shapes:
 def open_data(data: str, image_hw: tuple[int, int], val_labels: str | None = None):
     """(train, val) sources of --data: 'shapes', or a folder with train/CLASS/* and val/CLASS/*.
 
-    Raises ValueError where `scan_folder` does, and if the two splits differ in their classes.
+    Raises ValueError where `open_val` does, and if the two splits differ in their classes.
     """
     if data == "shapes":
         return Shapes(image_hw, "train"), Shapes(image_hw, "val")
-    train = None if val_labels is None else scan_folder(data, "train")
-    val = open_val(data, image_hw, val_labels, train and train.classes)  # the quick one first
-    train = train or scan_folder(data, "train")
+    if val_labels is None:
+        val = open_val(data, image_hw)  # first, because it is quick: what is wrong shows at once
+        train = scan_folder(data, "train")
+    else:
+        train = scan_folder(data, "train")
+        val = open_val(data, image_hw, val_labels, train.classes)
     check_same_classes(f"{data}/train", train.classes, f"{data}/val", val.classes)
     return train, val
 
@@ -290,16 +286,16 @@ def open_val(data: str, image_hw: tuple[int, int], val_labels: str | None = None
              classes: list[str] | None = None):
     """The validation source of --data, numbered as in `classes` (a model's: the shapes' are not
     sorted) if those are its classes; with val_labels its images lie flat, and are of `classes`.
-    Raises ValueError where `scan_folder` or `scan_flat` does."""
+    Raises ValueError where `scan_folder`, `scan_flat` or `read_labels` does."""
     if data == "shapes":
         return Shapes(image_hw, "val")
     if val_labels is not None:
         return scan_flat(data, "val", read_labels(val_labels), classes)
     source = scan_folder(data, "val")
-    if classes and classes != source.classes and set(classes) == set(source.classes):
+    if classes and set(classes) == set(source.classes):
         number = {name: i for i, name in enumerate(classes)}
-        source.labels = np.array([number[name] for name in source.classes])[source.labels]
-        source.classes = classes
+        numbers = np.array([number[name] for name in source.classes], np.int32)
+        source.classes, source.labels = classes, numbers[source.labels]
     return source
 
 
@@ -367,26 +363,20 @@ class StreamSampler:
         if n < 1 or global_batch % (local_batch * world):
             raise ValueError(f"global batch {global_batch} must be a multiple of {local_batch} "
                              f"images x {world} ranks, and there must be images ({n})")
-        self.n, self.seed, self.global_batch, self.local_batch = n, seed, global_batch, local_batch
-        self.rank, self.world = rank, world
-        self.start_image, self.num_steps = start_image, num_steps
+        self.n, self.seed, self.local_batch = n, seed, local_batch
+        self.first_image = start_image + rank * local_batch
+        self.micro_batch = local_batch * world  # images of all ranks
+        self.length = num_steps * global_batch // self.micro_batch
 
     def __len__(self):
-        return self.num_steps * self.global_batch // (self.local_batch * self.world)
+        return self.length
 
     def __iter__(self):
-        epoch, images = None, None
-        micro = self.local_batch * self.world
-        end = self.start_image + len(self) * micro
-        for start in range(self.start_image, end, micro):
-            batch = []
-            for i in range(start + self.rank * self.local_batch,
-                           start + (self.rank + 1) * self.local_batch):
-                if i // self.n != epoch:  # i only grows: one permutation is held at a time
-                    epoch = i // self.n
-                    images = order(self.n, self.seed, epoch)
-                batch.append((epoch, int(images[i % self.n])))
-            yield batch
+        n, local = self.n, self.local_batch
+        images = functools.lru_cache(1)(functools.partial(order, n, self.seed))  # of one epoch
+        for k in range(self.length):
+            start = self.first_image + k * self.micro_batch
+            yield [(i // n, int(images(i // n)[i % n])) for i in range(start, start + local)]
 
 
 class EvalSampler:
@@ -409,62 +399,6 @@ class EvalSampler:
 
 
 # ----------------------------------------------------------------------------- views
-# One resampling filter everywhere, so that training and evaluation see the same sharpness.
-# Bicubic, because Google's and timm's ViT weights were trained and are evaluated with it.
-BICUBIC = v2.InterpolationMode.BICUBIC
-
-
-JITTER = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)  # NeMo's: brightness, contrast, saturation, hue
-HUE = 3  # its number in ColorJitter's order
-
-
-def train_transform(config: TrainConfig, image_hw: tuple[int, int]):
-    """The random view of --augmentation, PIL to uint8 [3, H, W]; draws from torch's generator.
-
-    Resizing is torch's, on bytes: a third of the time of Pillow's. The colour jitter of NeMo's list
-    costs more than all the rest here and is left to the device, after the others: `color_jitter`.
-    """
-    if config.augmentation == "none":
-        return eval_transform(config, image_hw)
-    steps = [v2.PILToTensor(), v2.RandomResizedCrop(image_hw, scale=(config.crop_scale, 1.0),
-                                                    interpolation=BICUBIC)]
-    if config.augmentation in ("crop-flip", "nemo"):
-        steps += [v2.RandomHorizontalFlip()]
-    if config.augmentation == "nemo":  # in Pillow, as only that turns bicubically; NeMo's grey 128
-        steps += [_to_pil, v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, interpolation=BICUBIC,
-                                          fill=128), v2.PILToTensor()]
-    return v2.Compose(steps)
-
-
-def _to_pil(view: torch.Tensor) -> Image.Image:
-    """v2.ToPILImage of uint8 [3, H, W], in a sixth of its time: planes need no transposition."""
-    return Image.merge("RGB", [Image.fromarray(plane) for plane in view.numpy()])
-
-
-def eval_transform(config: TrainConfig, image_hw: tuple[int, int]):
-    """The view of evaluation, PIL to uint8 [3, H, W]: `centre_view`."""
-    view = functools.partial(centre_view, image_hw=image_hw, crop_ratio=config.crop_ratio)
-    return v2.Compose([view, v2.PILToTensor()])
-
-
-def centre_view(image: Image.Image, image_hw: tuple[int, int], crop_ratio: float) -> Image.Image:
-    """Resizes to cover image_hw / crop_ratio, aspect kept, then cuts the centre image_hw.
-
-    For a square, torchvision's Resize(round(side / crop_ratio)) and CenterCrop(side). Done as one
-    resize of the part that is kept, so a 1 x 20,000 image costs no more than any other.
-    """
-    h, w = image_hw
-    cover_h, cover_w = round(h / crop_ratio), round(w / crop_ratio)
-    if cover_w * image.height >= cover_h * image.width:  # the width decides the scale
-        resized_h, resized_w = int(cover_w * image.height / image.width), cover_w
-    else:
-        resized_h, resized_w = cover_h, int(cover_h * image.width / image.height)
-    top, left = round((resized_h - h) / 2), round((resized_w - w) / 2)
-    y, x = image.height / resized_h, image.width / resized_w  # source pixels per resized pixel
-    return image.resize((w, h), Image.Resampling.BICUBIC,
-                        box=(left * x, top * y, (left + w) * x, (top + h) * y))
-
-
 class Views(Dataset):
     """(epoch, index) -> view uint8 [3, H, W], label, index (see the module's table of labels) and,
     with jitter, the row float32 [8] that `color_jitter` takes; zeros where there is no image."""
@@ -489,98 +423,9 @@ class Views(Dataset):
             return view, label, index, *([draw_jitter()] if self.jitter else [])
 
 
-# ----------------------------------------------------------------------------- on the device
-def normalize(images: torch.Tensor, mean, std, dtype: torch.dtype,
-              jitter: torch.Tensor | None = None) -> torch.Tensor:
-    """uint8 [b, 3, H, W], jittered if rows [b, 8] are given, to (x / 255 - mean) / std of dtype.
-
-    Computed in fp32. Compiles to one graph, and never makes the host wait.
-    """
-    x = images.float() / 255
-    if jitter is not None:
-        x = color_jitter(x, jitter)
-    return torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], 1).to(dtype)
-
-
-def draw_jitter() -> torch.Tensor:
-    """One draw of torchvision's ColorJitter as float32 [8]: the order of its four operations
-    (0 brightness, 1 contrast, 2 saturation, 3 hue), then their factors."""
-    drawn = JITTER.make_params([])
-    names = "brightness", "contrast", "saturation", "hue"
-    return torch.tensor([*drawn["fn_idx"].tolist(), *(drawn[f"{name}_factor"] for name in names)])
-
-
-def color_jitter(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """torchvision's ColorJitter on float x [b, 3, H, W] in 0..1, image i as rows[i] of [b, 8] says.
-
-    NeMo jitters before AutoAugment; here it comes after, as in timm: both draw independently of
-    the image, so each keeps its distribution, but AutoAugment's grey fill is jittered too.
-    Each image has its own order, and a batch has one program: blends, hue, blends, where a blend
-    that is not this image's turn has factor 1.
-    """
-    order, factors = rows[:, :4], rows[:, 4:]
-    factor = factors.gather(1, order.long())
-    hue_slot = (order == HUE).int().argmax(1, keepdim=True)
-    slot = torch.arange(4, device=x.device)
-    before, after = factor.where(slot < hue_slot, 1), factor.where(slot > hue_slot, 1)
-    for i in range(3):
-        x = _blend(x, order[:, i], before[:, i])
-    x = _shift_hue(x, factors[:, HUE])
-    for i in range(1, 4):
-        x = _blend(x, order[:, i], after[:, i])
-    return x
-
-
-def _blend(x: torch.Tensor, operation: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Brightness, contrast and saturation: away from black, the mean grey, each pixel's grey."""
-    operation, factor = operation.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
-    grey = (0.2989 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]
-    other = grey.where(operation == 2, grey.mean((2, 3), keepdim=True) * (operation == 1))
-    return (factor * x + (1 - factor) * other).clamp(0, 1)
-
-
-def _shift_hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Turns the hue of RGB x [b, 3, H, W] by shift [b] turns; value and chroma stay."""
-    r, g, b = x.unbind(1)
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    scale = 1 / chroma.where(chroma > 0, 1)  # grey has no hue, and chroma 0 below
-    sixths = torch.where((r >= g) & (r >= b), (g - b) * scale,
-                         torch.where(g >= b, 2 + (b - r) * scale, 4 + (r - g) * scale))
-    sixths = sixths + 6 * shift.view(-1, 1, 1)
-    # a channel falls below value by chroma, on a trapezoid over the circle of hues
-    k = torch.stack([(sixths + n) % 6 for n in (5, 3, 1)], 1)
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-# ----------------------------------------------------------------------------- contact sheet
-SHEET, COLUMNS, TILE, CAPTION = 30, 6, 176, 44  # images, images in a row, pixels
-
-
-def contact_sheet(images: list[tuple[Image.Image, str, str]]) -> Image.Image:
-    """(image, title, note) of at most SHEET images, each on a tile with its caption below."""
-    fonts = [ImageFont.load_default(size) for size in (15, 13)]
-    columns, pad = min(COLUMNS, len(images)), 12
-    width, height, rows = TILE + pad, TILE + CAPTION + pad, math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * width + pad, rows * height + pad), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, *caption) in enumerate(images):
-        x, y = pad + i % columns * width, pad + i // columns * height
-        draw.rectangle((x, y, x + TILE - 1, y + TILE - 1), fill=(238, 238, 238))
-        tile = ImageOps.contain(image, (TILE, TILE), Image.Resampling.BICUBIC)
-        sheet.paste(tile, (x + (TILE - tile.width) // 2, y + (TILE - tile.height) // 2))
-        for text, font, top, grey in zip(caption, fonts, (4, 23), (20, 110)):
-            text = unicodedata.normalize("NFKD", text)  # Pillow's own font is ASCII: u for u-umlaut
-            text = "".join(c for c in text if not unicodedata.combining(c))
-            text = text.encode("ascii", "replace").decode()
-            while draw.textlength(text, font) > TILE:
-                text = text[:-4] + "..."
-            draw.text((x, y + TILE + top), text, fill=(grey,) * 3, font=font)
-    return sheet
-
-
 # ----------------------------------------------------------------------------- loaders
-def train_loader(source, config: TrainConfig, image_hw: tuple[int, int], local_batch: int,
-                 rank: int, world: int, start_image: int, num_steps: int, device) -> DataLoader:
+def train_loader(source, config, image_hw: tuple[int, int], local_batch: int, rank: int, world: int,
+                 start_image: int, num_steps: int, device) -> DataLoader:
     """One rank's micro-batches of num_steps global batches, from image start_image of the stream.
 
     rank and world count the processes that own images: all of them, tensor-parallel ones too.
@@ -593,15 +438,15 @@ def train_loader(source, config: TrainConfig, image_hw: tuple[int, int], local_b
     return _loader(views, sampler, config, local_batch, world, device)
 
 
-def eval_loader(source, config: TrainConfig, image_hw: tuple[int, int], batch: int, rank: int,
-                world: int, device) -> DataLoader:
+def eval_loader(source, config, image_hw: tuple[int, int], batch: int, rank: int, world: int,
+                device) -> DataLoader:
     """One rank's evaluation batches; can be iterated again. Raises as `_loader` does."""
-    views = Views(source, eval_transform(config, image_hw), image_hw, config.seed)
+    views = Views(source, eval_transform(config, image_hw), image_hw, seed=0)  # it draws nothing
     sampler = EvalSampler(len(source), batch, rank, world)
     return _loader(views, sampler, config, batch, world, device)
 
 
-def _loader(views: Views, sampler, config: TrainConfig, batch: int, world: int, device):
+def _loader(views: Views, sampler, config, batch: int, world: int, device):
     """A DataLoader that leaves the global generators alone and outlives a SIGTERM.
 
     Workers start with each iteration and end with it: training iterates once, and between
@@ -653,3 +498,51 @@ def _start_worker(worker_id: int) -> None:
             pass
         os._exit(0)
     threading.Thread(target=obey_parent, daemon=True).start()
+
+
+# ----------------------------------------------------------------------------- the digits
+def write_digits(folder, size: int = 32) -> dict[str, int]:
+    """Writes scikit-learn's 1,797 handwritten digits, grey, size x size pixels, for --data folder:
+    FOLDER/train/DIGIT/*.png and, every fifth, FOLDER/val/DIGIT/*.jpg. Returns {split: images}.
+
+    Raises ValueError without scikit-learn, and for a folder that is in use or cannot be written.
+    """
+    if size < 1:
+        raise ValueError(f"--size {size} must be positive")
+    try:
+        from sklearn.datasets import load_digits  # an optional library, for this function alone
+    except ImportError as e:
+        raise ValueError("the digits come with scikit-learn: pip install scikit-learn") from e
+    digits, counts = load_digits(), {"train": 0, "val": 0}
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if os.listdir(folder):
+            raise ValueError(f"{folder} is not empty: give a new folder")
+        for i, (grey, digit) in enumerate(zip(digits.images, digits.target)):
+            split, ending = ("val", "jpg") if i % 5 == 4 else ("train", "png")
+            image = Image.fromarray((grey * 255 / 16).astype(np.uint8))  # 8 x 8 values of 0..16
+            image = image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB")
+            path = os.path.join(folder, split, str(digit), f"{i:05d}.{ending}")
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            image.save(path, quality=95)
+            counts[split] += 1
+    except OSError as e:
+        raise ValueError(f"{folder} cannot be written: {e}") from e
+    return counts
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(prog="data.py", description="Writes images to train on.")
+    parser.add_argument("command", choices=["digits"], help="scikit-learn's handwritten digits")
+    parser.add_argument("folder", metavar="DIR", help="a new folder; then: train.py --data DIR")
+    parser.add_argument("--size", type=int, default=32, help="image side in pixels (default: 32)")
+    args = parser.parse_args(argv)
+    try:
+        counts = write_digits(args.folder, args.size)
+    except ValueError as e:
+        parser.error(str(e))
+    print(", ".join(f"{args.folder}/{split}: {n:,} images" for split, n in counts.items()))
+
+
+if __name__ == "__main__":
+    main()

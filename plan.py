@@ -1,0 +1,198 @@
+"""What a run would be: how the global batch is split, what is legal, how much memory it takes.
+
+Every command checks its layout here before it starts; `train.py --dry-run` prints it all.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from configs import MICRO_BATCH, Compute, Step, TrainConfig, ViTConfig, divisors
+from model import ViT
+from parallel import Axis, Grid, plan_buckets
+
+
+# ----------------------------------------------------------------------------- the layout
+def nearest(n: int, unit: int) -> str:
+    """The multiples of `unit` around n, for a message."""
+    low = n // unit * unit
+    return ", ".join(str(multiple) for multiple in (low, low + unit) if multiple)
+
+
+def legal_tensor_parallel_sizes(vit: ViTConfig) -> list[int]:
+    """Sizes that divide the heads and the MLP's hidden layer: B/16 has 12 heads, so not 8."""
+    return [t for t in divisors(vit.num_attention_heads) if vit.ffn_hidden_size % t == 0]
+
+
+def largest_micro_batch(model: str, tp: int, on_gpu: bool) -> int:
+    """The micro-batch that is not exceeded unless --micro-batch-size asks for it."""
+    return (MICRO_BATCH.get(model, 256) if on_gpu else 64) * tp
+
+
+def micro_batch_step(config: Compute, vit: ViTConfig) -> int:
+    """What divides every legal micro-batch: tp, since each rank owns micro / tp images, and with
+    fp8 products what makes the tokens a multiple of 16."""
+    fp8 = 16 // math.gcd(vit.seq_length, 16) if config.fp8 else 1
+    return math.lcm(config.tensor_parallel_size, fp8)
+
+
+def check_layout(config: Compute, vit: ViTConfig, world: int, device: str) -> None:
+    """Raises ValueError, with what is legal, for a tensor-parallel size, a micro-batch, fp8
+    products or copies between GPUs that this model on `world` processes of `device` cannot have."""
+    tp, legal = config.tensor_parallel_size, legal_tensor_parallel_sizes(vit)
+    if tp not in legal:
+        raise ValueError(f"--tensor-parallel-size {tp} must divide the {vit.num_attention_heads} "
+                         f"heads and the MLP width {vit.ffn_hidden_size}; legal here: "
+                         f"{', '.join(map(str, legal))}")
+    if world % tp:
+        raise ValueError(f"--tensor-parallel-size {tp} must divide the number of processes {world}"
+                         f"; legal here: {', '.join(map(str, divisors(world)))}")
+    micro, step = config.micro_batch_size, micro_batch_step(config, vit)
+    if micro and micro % tp:
+        raise ValueError(f"--micro-batch-size {micro} must be divisible by --tensor-parallel-size "
+                         f"{tp} (each rank owns micro / tp images); nearest: {nearest(micro, tp)}")
+    if micro and micro % step:
+        raise ValueError(f"--precision {config.precision} needs a multiple of 16 tokens, and "
+                         f"--micro-batch-size {micro} x {vit.seq_length} tokens is "
+                         f"{micro * vit.seq_length}; nearest: {nearest(micro, step)}")
+    for name in ("hidden_size", "ffn_hidden_size") if config.fp8 else ():
+        if getattr(vit, name) % (16 * tp):
+            raise ValueError(f"--precision {config.precision} needs {name} {getattr(vit, name)} to "
+                             f"be a multiple of 16 x --tensor-parallel-size {tp} = {16 * tp}")
+    if config.tp_comm_overlap and (tp == 1 or config.fp8 or device == "cpu"):
+        raise ValueError("--tp-comm-overlap needs --tensor-parallel-size above 1, GPUs and a "
+                         "--precision without fp8")
+    if getattr(config, "peer_copies", None) and (world == 1 or device == "cpu"):
+        raise ValueError("--peer-copies needs several GPUs of one host; leave it out here")
+
+
+def plan_batch(config: Step, vit: ViTConfig, world: int, device: str) -> tuple[int, int, int]:
+    """Splits the global batch: global = micro x dp x accumulation, with dp = world / tp.
+
+    Returns (micro_batch_size, dp, accumulation). Each rank holds micro_batch_size / tp images.
+    Raises ValueError as check_layout does, and naming the nearest legal batches.
+    """
+    check_layout(config, vit, world, device)
+    tp, total, step = config.tensor_parallel_size, config.global_batch_size, micro_batch_step(
+        config, vit)
+    dp, micro = world // tp, config.micro_batch_size
+    if total % world:
+        raise ValueError(f"--global-batch-size {total} must be a multiple of the {world} processes,"
+                         f" each of which owns its own images; nearest: {nearest(total, world)}")
+    legal = [m for m in divisors(total // dp) if m % step == 0] if total % dp == 0 else []
+    if not legal:
+        raise ValueError(f"--global-batch-size {total} must be a multiple of {step * dp}, dp {dp} x"
+                         f" the {step} images that fp8 products need (a multiple of 16 tokens); "
+                         f"nearest: {nearest(total, step * dp)}")
+    if micro is None:
+        most = largest_micro_batch(config.model, tp, device == "cuda")
+        micro = max([m for m in legal if m <= most], default=legal[0])
+    if micro not in legal:
+        raise ValueError(
+            f"--global-batch-size {total} must be a multiple of micro-batch {micro} x dp {dp} = "
+            f"{micro * dp}; nearest: {nearest(total, micro * dp)}; legal --micro-batch-size for "
+            f"{total}: {', '.join(map(str, legal))}")
+    return micro, dp, total // (micro * dp)
+
+
+# ----------------------------------------------------------------------------- memory
+def activation_bytes(vit: ViTConfig, config: Step, images: int) -> int:
+    """Bytes that one rank keeps for backward with `images` images of its own, in this layout.
+
+    Per token of a block, in elements of the activations' dtype: the two norms' inputs 2D and
+    outputs, gathered over tp, 2tD; q, k, v and attention's output 4D; the MLP's hidden layer before
+    and after GELU 2F; a byte for each of two dropout masks. With fp8 products, the products'
+    inputs, (2t + 1)D + F, are kept in a byte an element, and the weights' transposed.
+
+    Selective keeps the block's inputs x and y, qkv, attention's output, proj's and fc1's, 7D + F;
+    where images visit, which is assumed if --tp-comm-overlap allows it, proj's in t parts,
+    (6 + t)D + F. Full keeps x and y. Both keep what a block or run of blocks keeps by itself while
+    backward is in it. (Compiled; eager selective keeps partial sums of row products as well.)
+    """
+    d, f, t = vit.hidden_size, vit.ffn_hidden_size, config.tensor_parallel_size
+    element = 4 if config.precision == "fp32" else 2
+    masks = 2 * d if vit.hidden_dropout else 0
+    tokens = images * vit.seq_length
+    block = tokens * (element * (6 * d + 2 * t * d + 2 * f) + masks)
+    if config.fp8:
+        block = tokens * (2 * (6 * d + f) + (2 * t + 1) * d + f + masks) + 2 * d * (2 * d + f) // t
+    parts = 1 if config.fp8 or config.tp_comm_overlap is False else t
+    selective = tokens * element * ((6 + parts) * d + f)
+    entry = tokens * 2 * element * d
+    layers, n = vit.num_layers, config.checkpoint_num_layers
+    if config.activation_checkpointing == "none":
+        return layers * block
+    if config.activation_checkpointing == "selective":
+        return layers * selective + block - selective
+    if config.checkpoint_method == "uniform":
+        return math.ceil(layers / n) * entry + min(n, layers) * block
+    return min(n, layers) * entry + max(layers - n, 0) * block + (block if n else 0)
+
+
+def memory_plan(vit: ViTConfig, config: Step, tp: int, dp: int, micro: int) -> dict:
+    """Bytes per rank by part, for rank 0 of a tp x dp layout; nothing is allocated."""
+    grid = Grid(Axis(0, tp), Axis(0, dp), Axis(0, tp * dp))
+    with torch.device("meta"):
+        model = ViT(vit, grid)
+    buckets = [bucket for unit in plan_buckets(model, grid) for bucket in unit]
+    moments = 2 if config.optimizer == "adamw" else (1 if config.momentum else 0)
+    return {"weights": sum(_block(b.numel * (2 if config.o2 else 4)) for b in buckets),
+            "gradients": sum(_block(b.numel * 4) for b in buckets),
+            "masters and moments": (moments + config.o2) * sum(
+                _block((b.end - b.begin) * 4) for b in buckets),
+            "activations": activation_bytes(vit, config, micro // tp)}
+
+
+def _block(size: int) -> int:
+    """Bytes that torch's CUDA allocator takes for a buffer: from 10 MiB on it reserves steps of
+    2 MiB, and leaves a rest of less than 1 MiB in the block (3 % of B/16's state)."""
+    rest = -size % 2**21
+    return size + (rest if size >= 10 * 2**20 and rest < 2**20 else 0)
+
+
+def dry_run(config: TrainConfig, vit: ViTConfig, train_set, val_set, total_steps: int, batch: tuple,
+            device: str, learning_rate: Callable[[int], float]) -> None:
+    """Prints what a run would be: sizes, memory, schedule and the legal layouts.
+
+    batch: plan_batch's; learning_rate: of a step."""
+    micro, dp, accumulation = batch
+    tp, total = config.tensor_parallel_size, config.global_batch_size
+    gib = 2**30
+    h, w = vit.grid_hw
+    print(f"model        {config.model}: {vit.num_params / 1e6:,.2f} M parameters, "
+          f"{vit.num_layers} blocks of width {vit.hidden_size}, "
+          f"{vit.num_attention_heads} heads of {vit.head_dim}")
+    print(f"tokens       {vit.seq_length} = {vit.num_class_tokens} class + {h} x {w} patches "
+          f"of {vit.patch_size} px")
+    print(f"FLOPs        {vit.flops_per_image / 1e9:,.2f} G per image forward, "
+          f"{3 * vit.flops_per_image / 1e9:,.2f} G in a training step")
+    print(f"data         {len(train_set):,} training and {len(val_set):,} validation images, "
+          f"{len(train_set.classes)} classes")
+    print(f"batch        {total} = micro-batch {micro} x dp {dp} x accumulation {accumulation}")
+    print(f"steps        {total_steps:,} = {total_steps * total / len(train_set):,.1f} epochs")
+    marks = sorted({0, config.warmup_steps // 2, min(config.warmup_steps, total_steps - 1),
+                    total_steps // 2, total_steps - 1} & set(range(total_steps)))
+    rates = ", ".join(f"{s:,}: {learning_rate(s):.3g}" for s in marks)
+    print(f"lr at step   {rates}")
+    plan = memory_plan(vit, config, tp, dp, micro)
+    parts = " + ".join(f"{name} {size / gib:.2f}" for name, size in plan.items())
+    print(f"memory       {sum(plan.values()) / gib:.2f} GiB per rank on {device} = {parts}")
+    print(f"checkpoint   {vit.num_params * 4 * 3 / gib:.2f} GiB at most")
+    legal_tp, step = legal_tensor_parallel_sizes(vit), micro_batch_step(config, vit)
+    print(f"legal --tensor-parallel-size  {', '.join(map(str, legal_tp))}")
+    print(f"legal --micro-batch-size      "
+          f"{', '.join(str(m) for m in divisors(total // dp) if m % step == 0)}")
+    print("weights + gradients + optimizer, GiB per rank:")
+    worlds = [1, 2, 4, 8, 16, 32, 64]
+    print("  processes " + "".join(f"{n:>8}" for n in worlds))
+    for t in [t for t in legal_tp if t <= 8]:
+        cells = []
+        for n in worlds:
+            state = memory_plan(vit, config, t, n // t, t) if n % t == 0 else None
+            cells.append(f"{'-' if state is None else _gib(state):>8}")
+        print(f"  tp {t:<7} " + "".join(cells))
+
+
+def _gib(plan: dict) -> str:
+    return f"{sum(size for part, size in plan.items() if part != 'activations') / 2**30:.2f}"

@@ -1,0 +1,275 @@
+"""What every command stands on: processes, signals, errors, the run, and build_model.
+
+Precision (--precision)   weights   activations   gradients sum, moments, masters   why
+    fp32                  fp32      fp32          fp32                              reference
+    bf16                  fp32      bf16 matmuls  fp32                              autocast
+    bf16-O2               bf16      bf16          fp32                              half the memory
+                                                                                    traffic
+    bf16-O2-fp8           bf16      fp8 matmuls   fp32                              speed of g, G
+Softmax and norm statistics are fp32 always. Logits leave the model as it computes, bf16 in O2, and
+the loss is computed in fp32. bf16-O2 is NeMo's megatron_amp_O2.
+"""
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from augment import normalize
+from configs import Compute, Step, ViTConfig, divisors
+from meter import Log
+from model import ViT, recompute
+from parallel import Grid, ShardedOptimizer, make_grid
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, NVIDIA's datasheets
+
+
+# ----------------------------------------------------------------------------- processes
+def start_processes(config: Compute) -> tuple[Grid, torch.device]:
+    """Joins the process group that torchrun announces; without torchrun, a single process."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    local_world, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if gpus and local_world > gpus:
+        raise ValueError(f"{local_world} processes were started on a machine with {gpus} GPUs; "
+                         f"use torchrun --nproc_per_node {gpus} (or CUDA_VISIBLE_DEVICES= for CPU)")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    device = torch.device("cuda", local) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    if world % config.tensor_parallel_size:
+        raise ValueError(f"--tensor-parallel-size {config.tensor_parallel_size} must divide the "
+                         f"number of processes {world}; legal here: {divisors(world)}")
+    if world == 1:
+        return Grid(), device
+    # Both backends: NCCL for the work, gloo for the host's own messages (stop flag, checks).
+    backend, device_id = ("cpu:gloo,cuda:nccl", device) if gpus else ("gloo", None)
+    dist.init_process_group(backend, device_id=device_id)
+    return make_grid(config.tensor_parallel_size, device.type), device
+
+
+def end_processes() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def user_errors(program: str):
+    """One line instead of a traceback for what a user can get wrong before the first step."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if int(os.environ.get("RANK", 0)):
+            # torchrun ends all ranks with the first: speak only if rank 0 did not
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)  # not sys.exit: it would wait for the process group
+
+
+def run_program(main) -> None:
+    """main() as a program: a failing rank prints its own traceback and leaves at once, where a
+    normal exit would wait for the other ranks; torchrun then ends those and repeats the traceback.
+    """
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
+    try:
+        record(main)()
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+class StopSignal:
+    """SIGTERM or SIGINT to any rank stops all of them at the same point.
+
+    poll() is called once a step or batch. It starts an all-reduce of a small host tensor and
+    returns the result of the one that the previous call started, so nothing waits for it.
+    """
+
+    def __init__(self, grid: Grid):
+        self.grid, self.name, self.work, self.agreed = grid, None, None, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        self.name = signal.Signals(number).name
+
+    def poll(self) -> bool:
+        """Whether to stop, the same on all ranks; once it is so it stays so (`agreed`)."""
+        if self.grid.world.size == 1:
+            self.agreed = self.name is not None
+            return self.agreed
+        if self.work is not None:
+            self.work.wait()
+            self.agreed = self.agreed or bool(self.flag)
+        self.flag = torch.tensor(int(self.name is not None))
+        self.work = dist.all_reduce(self.flag, async_op=True)
+        return self.agreed
+
+
+# ----------------------------------------------------------------------------- one run
+class Run:
+    """What the parts of a command share: its settings, where this process stands, what it prints.
+
+    accumulation: micro-batches of a step; total_steps, start_step and start_image: of the schedule,
+    known once the data and the checkpoint are.
+    """
+
+    def __init__(self, config: Compute, vit: ViTConfig, grid: Grid, device: torch.device, *,
+                 micro_batch: int, accumulation: int = 1):
+        self.config, self.vit, self.grid, self.device = config, vit, grid, device
+        self.local_batch, self.accumulation = micro_batch // grid.tp.size, accumulation
+        self.peak, self.total_steps = peak_flops(device), 0
+        self.start_step = self.start_image = 0
+        self.log, self.stop, self.upload = Log(grid), StopSignal(grid), Upload(device)
+        self.normalize = normalize
+        if uses_compile(config, device):
+            self.normalize = torch.compile(normalize, fullgraph=True, dynamic=False)
+
+    def prepare(self, images, labels, *jitter):
+        """What the loader gives, uint8 [b, 3, H, W], labels [b] and jitter [b, 8] if any -> the
+        normalised images and the labels on the device."""
+        images, labels, *jitter = self.upload(images, labels, *jitter)
+        dtype = torch.bfloat16 if self.config.o2 else torch.float32
+        return self.normalize(images, self.config.mean, self.config.std, dtype, *jitter), labels
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16,
+                              enabled=self.config.precision == "bf16")
+
+    def images_seen(self, step: int) -> int:
+        """Training images up to the end of `step`."""
+        return self.start_image + (step - self.start_step) * self.config.global_batch_size
+
+
+class Upload:
+    """Host tensors to the device on a stream of their own, beside the computation that is running.
+    (496 images of 224 px are 75 MB, which B/16 uses up in 131 ms.) Keeps the host at most two
+    micro-batches ahead of the device, so that a stop signal is obeyed in time."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.used = device, deque()
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        if self.stream is None:
+            return [x.to(self.device) for x in tensors]
+        current = torch.cuda.current_stream()
+        self.used.append(current.record_event())
+        if len(self.used) > 2:
+            self.used.popleft().synchronize()
+        with torch.cuda.stream(self.stream):
+            copies = [x.to(self.device, non_blocking=True) for x in tensors]
+        current.wait_stream(self.stream)
+        for x in copies:
+            x.record_stream(current)  # else its memory could be given away before it was read
+        return copies
+
+
+# ----------------------------------------------------------------------------- model and optimizer
+def uses_compile(config: Compute, device: torch.device) -> bool:
+    """--compile, by default on CUDA, where kernels.py is there."""
+    if config.compile is None:
+        return device.type == "cuda" and optional("kernels") is not None
+    return config.compile
+
+
+def optional(name: str):
+    """The module `kernels` or `peer`, or None where the file is not there: a run without it is as
+    correct, and slower."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name != name:
+            raise
+        return None
+
+
+def build_model(run: Run, seed: int | None = None, loaded=()) -> tuple[ViT, str]:
+    """(the model at this rank's place of the grid, what the log says of it).
+
+    seed: of the initial weights; those that are to be `loaded` are not drawn, with None none is.
+    Then the passes over the finished model, one line each: kernels and peers where they pay, what
+    backward recomputes, the compiler. Raises ValueError for flags that cannot be obeyed here.
+    """
+    config, grid, device = run.config, run.grid, run.device
+    training, fused, text = isinstance(config, Step), uses_compile(config, device), []
+    with device:
+        model = ViT(run.vit, grid, seed=None)
+    if seed is not None:
+        model.init_weights(seed, loaded)
+    kernels = optional("kernels")
+    if kernels is None and (fused or config.fp8 or config.attention != "auto"):
+        raise ValueError("--compile, --attention and fp8 need kernels.py, which is not here")
+    if config.fp8 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise ValueError(f"--precision {config.precision} needs a GPU with fp8 products (compute "
+                         f"capability 8.9 or higher), not {device_name(device)}; legal here: "
+                         "fp32, bf16, bf16-O2")
+    if kernels is None:
+        text.append("attention of torch's choice (kernels.py is not here)")
+    else:
+        dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+        kernel, why = kernels.choose_attention(config.attention, run.vit, grid.tp.size, device,
+                                               dtype)
+        text.append(f"attention {kernel} ({why})")
+        kernels.apply(model, attention=kernel, fp8=config.fp8, fused=fused)
+    peer = optional("peer") if grid.tp.size > 1 and not config.fp8 else None
+    if config.tp_comm_overlap and peer is None:
+        raise ValueError("--tp-comm-overlap needs peer.py, which is not here")
+    visiting = peer is not None and peer.apply(model, device, config.tp_comm_overlap)
+    if training:
+        recompute(model, config.activation_checkpointing, config.checkpoint_method,
+                  config.checkpoint_num_layers, early_stop=not visiting)
+    if fused:
+        kernels.compile(model, **peer.COMPILE_OPTIONS if visiting else {})
+    text += ["compiled" if fused else "not compiled"]
+    text += ["tp collectives under the products"] if visiting else []
+    return model, ", ".join(text)
+
+
+def build_optimizer(run: Run, model: ViT) -> tuple[ShardedOptimizer, str]:
+    """(the optimizer, what the log says of its exchange)."""
+    config, peer = run.config, optional("peer") if run.grid.world.size > 1 else None
+    if config.peer_copies and peer is None:
+        raise ValueError("--peer-copies needs peer.py, which is not here")
+    exchange = peer and peer.gradient_exchange(model, run.grid, run.device, config.peer_copies)
+    optimizer = ShardedOptimizer(
+        model, run.grid, optimizer=config.optimizer, weight_decay=config.weight_decay,
+        weight_dtype=torch.bfloat16 if config.o2 else torch.float32,
+        betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
+        momentum=config.momentum, clip_grad=config.clip_grad, exchange=exchange)
+    copies = peer is not None and isinstance(exchange, peer.PeerCopies)
+    return optimizer, ", gradients summed by peer copies" if copies else ""
+
+
+# ----------------------------------------------------------------------------- the machine
+def memory_gib(optimizer: ShardedOptimizer) -> float:
+    """Peak memory of this process: the CUDA allocator's and what peers read, which is not in it; or
+    resident memory on the CPU."""
+    if optimizer.device.type == "cuda":
+        peer = optional("peer")
+        shared = peer.shared_bytes(optimizer.exchange) if peer else 0
+        return (torch.cuda.max_memory_allocated() + shared) / 2**30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def peak_flops(device: torch.device) -> float | None:
+    name = device_name(device)
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

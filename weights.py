@@ -1,0 +1,508 @@
+"""Weights of other libraries: those of timm, Hugging Face and torchvision in and out, Google's in.
+
+    python weights.py SOURCE OUTPUT --format timm           # or torchvision: .pt or .safetensors
+    python weights.py SOURCE FOLDER/model.safetensors --format hf   # a folder for from_pretrained
+
+SOURCE is an output directory or checkpoint of this program, a file of one of these libraries, or a
+folder of the Hugging Face hub; train.py --init-from and evaluate.py read the same.
+
+    in    the file's tensors -> our names (NAMES) -> our shapes -> checked against a ViT of these
+          sizes: Weights -> fitted to a model's image size and classes -> into the model
+    out   our tensors -> the library's names -> a file, and the code that opens it
+
+Our names and shapes are timm's (model.py). Shapes tell the sizes; heads, epsilon, GELU and pixels
+are facts that a file tells, or SILENT assumes. No code in a file is run. Checked against these
+libraries: same weights, same logits (test_weights.py). D, C, nh, hd, p are model.py's letters; P
+class tokens, (h, w) the grid of patches.
+"""
+
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import zipfile
+from collections import OrderedDict
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from checkpoint import CheckpointTensors, newest_checkpoint, read_meta, write_atomically
+from configs import MODELS, ConvertConfig, TrainConfig, ViTConfig, parse
+from model import ViT
+from parallel import shard
+
+# (their name, ours), replaced as text; timm's names are ours. The last group of a format is what
+# other versions of the library write. `.attn.q. .attn.k. .attn.v.` are then fused to `.attn.qkv.`.
+NAMES = {
+    "timm": [],
+    "torchvision": [
+        ("class_token", "cls_token"), ("encoder.pos_embedding", "pos_embed"),
+        ("conv_proj.", "patch_embed.proj."), ("encoder.layers.encoder_layer_", "blocks."),
+        (".ln_1.", ".norm1."), (".ln_2.", ".norm2."),
+        (".self_attention.in_proj_", ".attn.qkv."), (".self_attention.out_proj.", ".attn.proj."),
+        (".mlp.0.", ".mlp.fc1."), (".mlp.3.", ".mlp.fc2."), ("encoder.ln.", "norm."),
+        ("heads.pre_logits.", "pre_logits.fc."), ("heads.head.", "head."),
+        (".mlp.linear_1.", ".mlp.fc1."), (".mlp.linear_2.", ".mlp.fc2."),  # the released files
+    ],
+    "hf": [
+        ("vit.embeddings.cls_token", "cls_token"),
+        ("vit.embeddings.position_embeddings", "pos_embed"),
+        ("vit.embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+        ("vit.encoder.layer.", "blocks."),
+        (".layernorm_before.", ".norm1."), (".layernorm_after.", ".norm2."),
+        (".attention.attention.query.", ".attn.q."), (".attention.attention.key.", ".attn.k."),
+        (".attention.attention.value.", ".attn.v."), (".attention.output.dense.", ".attn.proj."),
+        (".intermediate.dense.", ".mlp.fc1."), (".output.dense.", ".mlp.fc2."),
+        ("vit.layernorm.", "norm."), ("vit.pooler.dense.", "pre_logits.fc."),
+        ("classifier.", "head."),
+        ("vit.layers.", "blocks."), (".attention.q_proj.", ".attn.q."),  # transformers 5, in memory
+        (".attention.k_proj.", ".attn.k."), (".attention.v_proj.", ".attn.v."),
+        (".attention.o_proj.", ".attn.proj."),
+    ],
+    "google": [
+        ("cls", "cls_token"), ("Transformer/posembed_input/pos_embedding", "pos_embed"),
+        ("embedding/", "patch_embed.proj."), ("Transformer/encoderblock_", "blocks."),
+        ("/LayerNorm_0/", ".norm1."), ("/LayerNorm_2/", ".norm2."),
+        ("/MultiHeadDotProductAttention_1/", ".attn."), ("query/", "q."), ("key/", "k."),
+        ("value/", "v."), ("out/", "proj."), ("/MlpBlock_3/Dense_0/", ".mlp.fc1."),
+        ("/MlpBlock_3/Dense_1/", ".mlp.fc2."),
+        ("Transformer/encoder_norm/", "norm."), ("pre_logits/", "pre_logits.fc."),
+        ("head/", "head."), ("kernel", "weight"), ("scale", "weight"),
+    ],
+}
+# Where a file is silent.
+_TIMM = dict(layernorm_eps=1e-6, gelu_approximate="none", mean=(0.5,) * 3, std=(0.5,) * 3)
+SILENT = {"timm": _TIMM, "google": _TIMM, "hf": _TIMM | dict(layernorm_eps=1e-12),
+          "torchvision": _TIMM | dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))}
+TOLD = ("image_size", "num_attention_heads", "layernorm_eps", "gelu_approximate", "mean", "std",
+        "crop_ratio", "precision", "classes")  # what shapes do not tell
+SHAPE = ("hidden_size", "ffn_hidden_size", "num_layers", "patch_size", "num_attention_heads",
+         "num_channels", "num_class_tokens")  # what makes another model; the first four name it
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # config.json beside them describes them
+
+
+class Weights(NamedTuple):
+    """A ViT's full weights under our names, and what goes with them."""
+    format: str                         # a key of NAMES, or "a checkpoint"
+    tensors: dict[str, torch.Tensor]
+    facts: dict                         # the sizes that shapes tell, and of TOLD what is known
+
+
+def rename(name: str, pairs) -> str:
+    """Replaces each first text of a pair by its second, in one pass; the earlier pair wins."""
+    table = dict(reversed(pairs))
+    return re.sub("|".join(map(re.escape, table)), lambda m: table[m[0]], name) if table else name
+
+
+# ----------------------------------------------------------------------------- in
+def read_weights(path: str | Path, image_size: int | tuple[int, int] | None = None) -> Weights:
+    """Reads our checkpoint (or the newest of an output directory), or a file of timm, Hugging Face
+    (or a hub's folder), torchvision or Google (.npz), which its names tell.
+
+    Sizes come from the tensors' shapes, the rest from our files' facts or a hub's config.json, else
+    SILENT. image_size (pixels; the file's own) is needed where its patches are no square and it
+    does not tell. Raises ValueError for a file that cannot be read, is no ViT, or is not complete.
+    """
+    path = Path(path)
+    file = next((path / name for name in HUB_FILES if (path / name).exists()), path)
+    if file.is_dir():
+        file = newest_checkpoint(file)
+    try:
+        raw, told = _open(file)
+        fmt, tensors, facts = _interpret(raw, told, image_size)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    return Weights("a checkpoint" if file.is_dir() else fmt, tensors, facts)
+
+
+def _open(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors of a file or checkpoint under their own names, and what it tells of TOLD."""
+    if not path.exists():
+        raise ValueError("there is no such file")
+    if not path.is_dir() and path.suffix not in (".pt", ".pth", ".bin", ".safetensors", ".npz"):
+        raise ValueError("its name must end in .pt, .pth, .bin, .safetensors or .npz, or it must "
+                         "be a checkpoint directory")
+    try:
+        raw, told = _load(path)
+    except OSError as e:
+        raise ValueError(f"it cannot be read: {e.strerror or e}") from e
+    except Exception as e:  # torch, numpy and safetensors each fail in their own ways
+        code = re.search(r"GLOBAL (\S+)", str(e))
+        if isinstance(e, pickle.UnpicklingError) and code:
+            raise ValueError(f"it holds pickled objects other than tensors ({code[1]}); loading "
+                             f"them could run code. Save its state dict alone") from e
+        why = e if isinstance(e, SafetensorError) else type(e).__name__
+        raise ValueError(f"it is truncated or damaged, or not a {path.suffix} file of plain "
+                         f"tensors ({why})") from e
+    if not isinstance(raw, dict) or not all(
+            isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in raw.items()):
+        raise ValueError("it is not a dictionary of named tensors")
+    told = told or _hub_facts(path)
+    return raw, {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k in TOLD}
+
+
+def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """_open without its checks; fails as the libraries do. Tensors are mapped where possible."""
+    if path.is_dir():
+        meta, read = read_meta(path), CheckpointTensors(path)
+        return ({name: read(name, "weight") for name in meta["where"]},
+                {**meta["config"], **meta["vit"], "classes": meta["classes"]})
+    open(path, "rb").close()  # of a file that may not be read safetensors says that there is none
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            facts = (file.metadata() or {}).get("facts", "{}")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(facts)
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return {name: torch.from_numpy(file[name]) for name in file.files}, {}
+    raw = torch.load(path, map_location="cpu", weights_only=True,
+                     mmap=zipfile.is_zipfile(path))  # files of torch < 1.6 cannot be mapped
+    told = getattr(raw, "facts", {})
+    for key in ("model", "state_dict"):  # as MAE, DeiT and timm's training script wrap them
+        raw = raw[key] if isinstance(raw, dict) and key in raw else raw
+    return raw, told
+
+
+def _hub_facts(path: Path) -> dict:
+    """What config.json (Hugging Face's or timm's) and preprocessor_config.json beside a hub's file
+    tell. Raises ValueError for an activation that is not GELU."""
+    beside = [path.with_name(name) for name in ("config.json", "preprocessor_config.json")]
+    config, pixels = (json.loads(file.read_text()) if path.name in HUB_FILES and file.exists()
+                      else {} for file in beside)
+    timm, gelu = config.get("pretrained_cfg", {}), config.get("hidden_act", "gelu")
+    if gelu not in ("gelu", "gelu_new", "gelu_pytorch_tanh"):
+        raise ValueError(f"config.json says hidden_act {gelu}; legal: gelu, gelu_pytorch_tanh")
+    told = dict(
+        num_attention_heads=config.get("num_attention_heads"),
+        layernorm_eps=config.get("layer_norm_eps"),
+        gelu_approximate="none" if gelu == "gelu" else "tanh",
+        image_size=config.get("image_size", timm.get("input_size", [None])[1:]) or None,
+        mean=timm.get("mean", pixels.get("image_mean")),
+        std=timm.get("std", pixels.get("image_std")), crop_ratio=timm.get("crop_pct"))
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def _interpret(raw: dict[str, torch.Tensor], told: dict,
+               image_size) -> tuple[str, dict[str, torch.Tensor], dict]:
+    """(format, tensors under our names and in our shapes, facts) of a file's own tensors.
+    Raises ValueError if they are not exactly those of a ViT, a head excepted."""
+    if "embeddings.cls_token" in raw:  # Hugging Face's ViTModel: no head, no prefix
+        raw = {"vit." + name: x for name, x in raw.items()}
+    named = {fmt: {rename(name, pairs): name for name in raw} for fmt, pairs in NAMES.items()}
+    fmt = next((fmt for fmt in NAMES if "patch_embed.proj.weight" in named[fmt]), None)
+    if fmt is None:
+        raise ValueError(f"it is not a ViT of {', '.join(NAMES)}; its names begin with "
+                         f"{', '.join(list(raw)[:4])}")
+    names = named[fmt]                                                         # {ours: theirs}
+    tensors = {ours: raw[theirs] for ours, theirs in names.items()}
+    try:
+        sizes = _to_ours(fmt, tensors, names)
+    except (KeyError, IndexError, RuntimeError, ValueError) as e:
+        raise ValueError(f"it looks like {fmt}'s, but is no ViT with a class token and positions, "
+                         f"or is incomplete: {e!r}") from e
+    facts = {**SILENT[fmt], **told, **sizes, "image_size": image_size or told.get("image_size")}
+    tensors["pos_embed"], facts["image_size"] = _positions(tensors["pos_embed"], facts)
+    config = ViTConfig(**{"num_attention_heads": 1, **sizes, "image_size": facts["image_size"]})
+
+    with torch.device("meta"):
+        expected = {name: x.shape for name, x in ViT(config).named_parameters()}
+    missing, head = expected.keys() - tensors.keys(), {"head.weight", "head.bias"}
+    odd = {"unknown": tensors.keys() - expected.keys(),
+           "missing": missing - head if head <= missing else missing,
+           "misshapen": {name for name in tensors.keys() & expected.keys()
+                         if tensors[name].shape != expected[name]}}
+    odd = [f"{len(found)} {kind} ({', '.join(sorted(names.get(n, n) for n in found)[:3])})"
+           for kind, found in odd.items() if found]
+    if odd or len(names) != len(raw):
+        raise ValueError(f"it is of {fmt}'s form, but not this model: "
+                         f"{'; '.join(odd) or 'some weights are there under two names'}")
+    return fmt, tensors, facts
+
+
+def _to_ours(fmt: str, tensors: dict[str, torch.Tensor], theirs: dict[str, str]) -> dict:
+    """Brings renamed tensors into our shapes, in place; returns the sizes that the shapes tell."""
+    sizes = {}
+    if fmt == "google":  # Flax: kernels [in, out], convolutions [p, p, C, D], heads apart
+        sizes["num_attention_heads"] = tensors["blocks.0.attn.q.weight"].shape[1]  # [D, nh, hd]
+        for name, x in tensors.items():
+            if x.ndim == 4:
+                tensors[name] = x.permute(3, 2, 0, 1)                          # [D, C, p, p]
+            elif theirs[name].endswith("kernel"):                # out is [nh, hd, D], q, k, v above
+                tensors[name] = (x.flatten(0, -2) if ".attn.proj." in name else x.flatten(1)).T
+            elif ".attn." in name:
+                tensors[name] = x.flatten()                                    # bias [nh, hd]
+    for name in [name for name in tensors if ".attn.q." in name]:
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if all(part in tensors for part in parts):
+            fused = name.replace(".attn.q.", ".attn.qkv.")
+            tensors[fused] = torch.cat([tensors.pop(part) for part in parts])
+    if "reg_token" in tensors:  # timm's registers are our further class tokens, in the same place
+        tensors["cls_token"] = torch.cat([tensors["cls_token"], tensors.pop("reg_token")], dim=1)
+    weight = tensors["patch_embed.proj.weight"]                                # [D, C, p, p]
+    if "head.weight" in tensors:
+        sizes["num_classes"] = tensors["head.weight"].shape[0]
+    return sizes | dict(
+        hidden_size=tensors["pos_embed"].shape[2], num_channels=weight.shape[1],
+        patch_size=weight.shape[3], ffn_hidden_size=tensors["blocks.0.mlp.fc1.weight"].shape[0],
+        num_layers=1 + max(int(n.split(".")[1]) for n in tensors if n.startswith("blocks.")),
+        num_class_tokens=tensors["cls_token"].shape[1],
+        head="mlp" if "pre_logits.fc.weight" in tensors else "linear")
+
+
+def _positions(pos: torch.Tensor, facts: dict) -> tuple[torch.Tensor, int | tuple[int, int]]:
+    """The positions [1, P + h*w, D] of P class tokens and h*w patches, and their image size."""
+    prefix, p, size = facts["num_class_tokens"], facts["patch_size"], facts["image_size"]
+    size = size or p * math.isqrt(max(pos.shape[1] - prefix, 0))
+    h, w = (side // p for side in ((size, size) if isinstance(size, int) else size))
+    if pos.shape[1] == h * w:  # timm's no_embed_class: class tokens have no position
+        pos = torch.cat([pos.new_zeros(1, prefix, pos.shape[2]), pos], dim=1)
+    if pos.shape[1] != prefix + h * w:
+        raise ValueError(f"it has {pos.shape[1]} positions, which are not {prefix} class tokens "
+                         f"and a {h}x{w} grid of patches: give the image size that it was trained "
+                         f"at as --init-image-size HEIGHT,WIDTH")
+    return pos, size
+
+
+# ----------------------------------------------------------------------------- what comes with them
+def adopt(weights: Weights, config: TrainConfig, vit: ViTConfig,
+          given: dict) -> tuple[TrainConfig, ViTConfig, dict]:
+    """For training: both configurations with what these weights were trained to where no flag
+    (`given`, by field) says otherwise, and that part. The fine-tuning recipe keeps its own head."""
+    names = {"num_class_tokens", "head", "layernorm_eps", "gelu_approximate", "mean", "std"}
+    if config.recipe == "finetune":
+        names.remove("head")
+    taken = {name: weights.facts[name] for name in sorted(names - given.keys())}
+    config, vit = (replace(old, **{f.name: taken[f.name] for f in fields(old) if f.name in taken})
+                   for old in (config, vit))
+    return config, vit, taken
+
+
+def whole_model(weights: Weights, source: str, **told) -> tuple[ViTConfig, dict]:
+    """For use: the configuration of these weights, without dropout, and all facts, always with
+    mean, std, crop_ratio, precision and classes (names; empty if unknown). What is `told` and not
+    None wins. Raises ValueError for weights (of `source`) without a head, or if nothing tells their
+    number of heads."""
+    facts = {"crop_ratio": 0.875, "precision": "fp32", "classes": (), **weights.facts,
+             **{name: value for name, value in told.items() if value is not None}}
+    facts["precision"] = facts["precision"].removesuffix("-fp8")  # that is for training
+    if "num_classes" not in facts:
+        raise ValueError(f"{source} has no head: fine-tune it first (train.py --recipe finetune "
+                         f"--init-from {source})")
+    if "num_attention_heads" not in facts:
+        name = model_name(facts)
+        if name is None:
+            raise ValueError(f"{source} is none of {', '.join(MODELS)} and does not tell its "
+                             f"number of heads: give --num-attention-heads")
+        facts["num_attention_heads"] = MODELS[name].num_attention_heads
+    facts |= dict(hidden_dropout=0.0, attention_dropout=0.0, drop_path_rate=0.0)
+    return ViTConfig(**{f.name: facts[f.name] for f in fields(ViTConfig) if f.name in facts}), facts
+
+
+def model_name(facts: dict) -> str | None:
+    """The entry of MODELS with the widths, depth and patch of these facts."""
+    return next((name for name, shape in MODELS.items()
+                 if all(facts[k] == getattr(shape, k) for k in SHAPE[:4])), None)
+
+
+def resize_pos_embed(pos: torch.Tensor, num_class_tokens: int, old: tuple[int, int],
+                     new: tuple[int, int]) -> torch.Tensor:
+    """Positions of an old (h, w) grid of patches, [1, P + h*w, D], for a new grid.
+
+    The P class positions stay; the grid is resized in fp32, bicubic with antialiasing, to an exact
+    size (a scale factor rounds wrong: dinov2#378). Unchanged at the same size.
+    """
+    if old == new:
+        return pos
+    classes, grid = pos[:, :num_class_tokens], pos[:, num_class_tokens:]
+    grid = grid.float().unflatten(1, old).permute(0, 3, 1, 2)                  # [1, D, h, w]
+    grid = F.interpolate(grid, size=new, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([classes, grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos.dtype)], dim=1)
+
+
+def fit_weights(weights: Weights, vit: ViTConfig) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """(the full fp32 weights for ViT(vit), what was done to them).
+
+    Only the position embedding is resized, and only the head may be left out of the result, to be
+    initialised: where the file has none, or one of another kind or number of classes.
+    Raises ValueError for the weights of another model.
+    """
+    facts, tensors = weights.facts, {name: x.float() for name, x in weights.tensors.items()}
+    odd = [f"{k} {facts[k]} (this run: {getattr(vit, k)})" for k in SHAPE
+           if facts.get(k, getattr(vit, k)) != getattr(vit, k)]
+    if odd:
+        name = model_name(facts)
+        raise ValueError(f"the weights are of another model: {', '.join(odd)}"
+                         + (f"; it has the shape of --model {name}" if name else ""))
+    old = ViTConfig(patch_size=vit.patch_size, image_size=facts["image_size"]).grid_hw
+    tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], vit.num_class_tokens, old,
+                                            vit.grid_hw)
+    report = []
+    if old != vit.grid_hw:
+        report.append("pos_embed resized from {}x{} to {}x{}".format(*old, *vit.grid_hw))
+    other_kind = facts["head"] != vit.head
+    if other_kind or facts.get("num_classes") != vit.num_classes:
+        new = ("pre_logits.", "head.") if other_kind else ("head.",)
+        tensors = {name: x for name, x in tensors.items() if not name.startswith(new)}
+        new = "pre_logits.fc and head" if other_kind and vit.head == "mlp" else "head"
+        found = (f"'s is {facts['head']}, {facts['num_classes']} classes"
+                 if "num_classes" in facts else " has none")
+        report.append(f"{new} newly initialised for {vit.num_classes} classes: the file{found}")
+    return tensors, [f"{len(tensors)} weights loaded", *report]
+
+
+@torch.no_grad()
+def load_weights(model: ViT, fitted: dict[str, torch.Tensor]) -> None:
+    """fit_weights' result into a model of any layout; a new head keeps its initialisation. Before
+    the optimizer is built, or call its refresh_masters."""
+    for name, param in model.named_parameters():
+        if name in fitted:
+            param.copy_(shard(fitted[name], param, model.grid.tp))
+
+
+# ----------------------------------------------------------------------------- out
+def to_format(tensors: dict[str, torch.Tensor], vit: ViTConfig,
+              fmt: str) -> dict[str, torch.Tensor]:
+    """Our full weights under the names of timm, hf or torchvision, complete for strict loading.
+
+    More than one class token is a class token and registers (reg_tokens=P-1) in timm.
+    Raises ValueError for a model that the library does not have, saying what to change.
+    """
+    count, (height, width), tensors = vit.num_class_tokens, vit.image_hw, dict(tensors)
+    if vit.head == "mlp" and fmt != "torchvision":
+        raise ValueError(f"--format {fmt} has no place for the pretraining head (--head mlp): "
+                         f"fine-tune with --head linear first, or use --format torchvision")
+    if count > 1 and fmt != "timm":
+        raise ValueError(f"--format {fmt} has one class token, this model has {count}: use "
+                         f"--format timm (reg_tokens={count - 1})")
+    if fmt == "torchvision" and (height != width or vit.num_channels != 3
+                                 or vit.gelu_approximate != "none"):
+        raise ValueError("--format torchvision has square images, 3 channels and exact GELU only: "
+                         "use --format timm")
+    if count > 1:
+        cls_token, registers = tensors["cls_token"].split([1, count - 1], dim=1)
+        tensors |= {"cls_token": cls_token, "reg_token": registers}
+    for name in [name for name in tensors if fmt == "hf" and ".attn.qkv." in name]:
+        for part, x in zip("qkv", tensors.pop(name).chunk(3), strict=True):
+            tensors[name.replace("qkv", part)] = x
+    back = [(ours, theirs) for theirs, ours in NAMES[fmt]]
+    return {rename(name, back): x for name, x in tensors.items()}
+
+
+def write_weights(path: str | Path, tensors: dict[str, torch.Tensor], vit: ViTConfig, fmt: str,
+                  facts: dict) -> str:
+    """Writes to_format's weights as fp32 to a .pt or .safetensors file, whole or not at all, and
+    returns the Python code that opens it.
+
+    The facts of whole_model and the configuration travel along, unseen by other libraries, so that
+    read_weights need not guess them. For Hugging Face the file must be FOLDER/model.safetensors,
+    and its two configs are written beside it: then from_pretrained(FOLDER) is all that it takes.
+    Raises ValueError for another ending, OSError if it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".pt", ".safetensors"):
+        raise ValueError(f"{path} must end in .pt or .safetensors")
+    if fmt == "hf" and path.name != "model.safetensors":
+        raise ValueError(f"{path}: --format hf writes a folder for from_pretrained; give "
+                         f"FOLDER/model.safetensors")
+    facts = {k: v for k, v in {**facts, **asdict(vit)}.items() if k in TOLD}
+    tensors = OrderedDict((name, x.float().contiguous()) for name, x in tensors.items())
+    tensors.facts = facts  # an attribute, as torch's own _metadata: the keys stay the model's
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, values in hf_configs(vit, facts).items() if fmt == "hf" else ():
+        text = json.dumps(values, indent=1).encode()
+        write_atomically(path.with_name(name), lambda file, text=text: file.write(text))
+    write_atomically(path, lambda file: (torch.save(tensors, file) if path.suffix == ".pt" else
+                                         _save_safetensors(tensors, file)))
+    return how_to_open(path, vit, fmt)
+
+
+def _save_safetensors(tensors: OrderedDict, file) -> None:
+    """Writes to the path of `file`, on which the library renames a file of its own that only its
+    owner may read: that one needs the mode of `file`, and its own way to the disk."""
+    try:
+        save_file(tensors, file.name, {"format": "pt", "facts": json.dumps(tensors.facts)})
+    except SafetensorError as e:  # a full disk
+        raise OSError(str(e)) from e
+    os.chmod(file.name, os.fstat(file.fileno()).st_mode & 0o777)
+    with open(file.name, "rb") as written:
+        os.fsync(written.fileno())
+
+
+def hf_configs(vit: ViTConfig, facts: dict) -> dict[str, dict]:
+    """Hugging Face's config.json and preprocessor_config.json."""
+    labels = facts.get("classes") or [f"LABEL_{i}" for i in range(vit.num_classes)]
+    height, width = vit.image_hw
+    return {"config.json": dict(
+        architectures=["ViTForImageClassification"], model_type="vit",
+        hidden_size=vit.hidden_size, intermediate_size=vit.ffn_hidden_size,
+        num_hidden_layers=vit.num_layers, num_attention_heads=vit.num_attention_heads,
+        patch_size=vit.patch_size, num_channels=vit.num_channels, qkv_bias=True,
+        image_size=height if height == width else [height, width], layer_norm_eps=vit.layernorm_eps,
+        hidden_act="gelu" if vit.gelu_approximate == "none" else "gelu_pytorch_tanh",
+        id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)},
+    ), "preprocessor_config.json": dict(
+        image_processor_type="ViTImageProcessor", size=dict(height=height, width=width), resample=3,
+        image_mean=facts["mean"], image_std=facts["std"])}
+
+
+def how_to_open(path: Path, vit: ViTConfig, fmt: str) -> str:
+    """Python code that opens a file of write_weights in its library, strictly."""
+    if fmt == "hf":
+        return ("import transformers\nmodel = transformers.ViTForImageClassification."
+                f"from_pretrained({str(path.parent)!r})")
+    d, f, (height, width) = vit.hidden_size, vit.ffn_hidden_size, vit.image_hw
+    size = height if height == width else (height, width)
+    theirs = dict(
+        img_size=size, in_chans=vit.num_channels, embed_dim=d, depth=vit.num_layers,
+        mlp_ratio=f / d if int(d * (f / d)) == f else (f + 0.5) / d,  # timm cuts d * ratio off
+        reg_tokens=vit.num_class_tokens - 1,
+        act_layer="gelu" if vit.gelu_approximate == "none" else "gelu_tanh",
+    ) if fmt == "timm" else dict(
+        image_size=size, hidden_dim=d, num_layers=vit.num_layers, mlp_dim=f,
+        representation_size=d if vit.head == "mlp" else None)
+    theirs |= dict(patch_size=vit.patch_size, num_heads=vit.num_attention_heads,
+                   num_classes=vit.num_classes)
+    module, load = (("torch", "torch.load") if path.suffix == ".pt" else
+                    ("torch, safetensors.torch", "safetensors.torch.load_file"))
+    return (f"import functools, {fmt}, {module}\nmodel = {fmt}.models.VisionTransformer("
+            + ", ".join(f"{k}={v!r}" for k, v in theirs.items())
+            + f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={vit.layernorm_eps}))\n"
+            + f"model.load_state_dict({load}({str(path)!r}))")
+
+
+# ----------------------------------------------------------------------------- the command
+def convert(config: ConvertConfig) -> None:
+    """Reads SOURCE, writes OUTPUT, says what was done. Raises ValueError for what cannot be."""
+    told = asdict(config)
+    source, output, fmt = (told.pop(name) for name in ("source", "output", "format"))
+    weights = read_weights(source, told.pop("init_image_size"))
+    vit, facts = whole_model(weights, source, **told)
+    fitted, report = fit_weights(weights, vit)
+    try:
+        code = write_weights(output, to_format(fitted, vit, fmt), vit, fmt, facts)
+    except OSError as e:
+        raise ValueError(f"{output} cannot be written: {e.strerror or e}") from e
+    print(f"{output}: {source} ({weights.format}) for {fmt}, {'; '.join(report)}; images "
+          f"{' x '.join(map(str, vit.image_hw))} px, mean {facts['mean']}, std {facts['std']}. "
+          f"Opens with\n\n{code}\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        convert(parse(ConvertConfig, argv)[0])
+    except (ValueError, OSError) as e:
+        print(f"weights.py: error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
+    main()
