@@ -1,0 +1,594 @@
+"""What data.py and augment.py promise, as claims that run: `python -m pytest test_data.py`, on CPU.
+
+A test's name is the claim, its docstring the specification, and each tolerance says why it is what
+it is.
+"""
+
+import contextlib
+import io
+import itertools
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torchvision.transforms import v2
+
+import data
+from augment import centre_view, color_jitter, draw_jitter, normalize, train_transform
+from configs import TrainConfig, stable_seed
+from data import IGNORE, PADDING, decode
+from testing import Few, generator, make_folder, paint
+
+torch.set_num_threads(1)
+HW = (32, 32)
+CONFIG = TrainConfig(global_batch_size=12, num_workers=0, seed=5)
+
+
+def few_shapes(n=25, split="train", image_hw=HW):
+    """The first shapes, so that an epoch is short."""
+    return Few(data.Shapes(image_hw, split), n)
+
+
+def train_batches(source, world=1, rank=0, local=12, start_image=0, steps=5, **changes):
+    config = replace(CONFIG, **changes)
+    return list(data.train_loader(source, config, HW, local, rank, world, start_image, steps,
+                                  "cpu"))
+
+
+def steps_of(batches_of_ranks, steps):
+    """Images [steps, 12, ...] and indices in stream order from the micro-batches of all ranks."""
+    micros = [batch for same_time in zip(*batches_of_ranks) for batch in same_time]
+    return [torch.cat(parts).unflatten(0, (steps, 12)) for parts in zip(*micros)]
+
+
+# ----------------------------------------------------------------------------- one image file
+def test_formats_load(tmp_path):
+    """Every usual format becomes upright 8-bit RGB with the right brightness, silently."""
+    save, red = (lambda name, *a, **k: paint(tmp_path / name, (40, 30), *a, **k)), (200, 30, 30)
+    for name in ("a.jpg", "b.png", "c.webp", "d.bmp", "e.gif", "f.tiff", "рисунок é.png"):
+        image = decode(save(name, "RGB", red))
+        assert image.mode == "RGB" and image.size == (40, 30)
+        assert np.abs(np.asarray(image).mean((0, 1)) - red).max() < 6, name
+    for name, mode, colour in (("g.png", "L", 128), ("h.png", "LA", (128, 9)), ("i.png", "1", 1),
+                               ("j.png", "RGBA", (128, 128, 128, 0)), ("k.jpg", "L", 128),
+                               ("l.jpg", "CMYK", (0, 0, 0, 127)), ("m.png", "I;16", 32896),
+                               ("n.tiff", "I;16", 32896), ("o.tiff", "I", 32896),
+                               ("p.tiff", "F", 0.5), ("q.tiff", "F", 128.0),
+                               ("r.tiff", "I", 2**30)):
+        value = np.asarray(decode(save(name, mode, colour))).mean()
+        assert abs(value - (255 if mode == "1" else 128)) < 3, (name, mode, value)
+    palette = Image.new("P", (40, 30))
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.save(tmp_path / "s.png", transparency=b"\x00\xff")
+    assert np.asarray(decode(tmp_path / "s.png"))[0, 0].tolist() == [10, 20, 30]
+    frames = [Image.new("RGB", (40, 30), c) for c in ((200, 30, 30), (0, 0, 255))]
+    frames[0].save(tmp_path / "t.gif", save_all=True, append_images=frames[1:])
+    assert np.abs(np.asarray(decode(tmp_path / "t.gif")).mean((0, 1)) - red).max() < 6
+
+
+@pytest.mark.parametrize("augmentation", ["nemo", "none"])
+def test_images_of_any_size_become_views(tmp_path, augmentation):
+    """One pixel, lines, and panoramas, also above the number of pixels that Pillow allows by itself
+    (200 million of a file without its pixels: it is opened, then it is cut short)."""
+    view = train_transform(replace(CONFIG, augmentation=augmentation), HW)
+    pixel = decode(paint(tmp_path / "a.png", (1, 1)))
+    for size in ((1, 1), (1, 3000), (3000, 1)):
+        assert view(pixel.resize(size)).shape == (3, *HW)
+    assert view(decode(paint(tmp_path / "b.jpg", (20_000, 500)))).shape == (3, *HW)
+    with pytest.raises(OSError, match="truncated"):
+        decode(io.BytesIO(b"P5 20000 10000 255\n"))
+    with pytest.raises(Image.DecompressionBombError):
+        decode(io.BytesIO(b"P5 20000 20000 255\n"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_exif_turns_images_upright(tmp_path):
+    """All eight orientations give the image that was turned; damaged EXIF is no obstacle, whether
+    it cannot be read at all or holds nonsense beside the orientation."""
+    upright = Image.new("RGB", (48, 32))
+    ImageDraw.Draw(upright).rectangle((0, 0, 15, 15), fill=(255, 0, 0))
+    # how a file was turned that says 2, 3, ... 8; 6, for one, means "turn me right"
+    turn = dict(zip(range(2, 9), (
+        Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+        Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90,
+        Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270)))
+
+    def assert_upright(path):
+        difference = np.asarray(decode(path), int) - np.asarray(upright)
+        assert np.abs(difference).mean() < 3, path
+
+    for orientation, extension in itertools.product(range(1, 9), ("jpg", "png", "tiff")):
+        turned, exif, path = upright, Image.Exif(), tmp_path / f"{orientation}.{extension}"
+        if orientation > 1:
+            turned = upright.transpose(turn[orientation])
+        exif[0x0112] = orientation
+        tags = {"tiffinfo": {0x0112: orientation}} if extension == "tiff" else {"exif": exif}
+        turned.save(path, quality=95, **tags)
+        assert_upright(path)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "the maker"
+    head, tag, tail = exif.tobytes().partition(b"\x01\x0f\x00\x02")  # 0x010F, a string, its length
+    block = head + tag + b"\xff\xff\xff\xff" + tail[4:]
+    for extension in ("jpg", "png"):
+        upright.transpose(turn[6]).save(tmp_path / f"half.{extension}", quality=95, exif=block)
+        assert_upright(tmp_path / f"half.{extension}")
+        for garbage in (b"no TIFF", b"II*\0\xff\xff\xff\xff garbage", b"MM\0*\0\0\0"):
+            path = tmp_path / f"bad.{extension}"
+            upright.save(path, quality=95, exif=b"Exif\0\0" + garbage)
+            assert_upright(path)
+
+
+# ----------------------------------------------------------------------------- sources of images
+def test_folder_errors_say_what_is_expected(tmp_path):
+    """Each wrong layout fails with its own message, which shows the right one."""
+    def fails(match, root=tmp_path):
+        with pytest.raises(ValueError, match=match) as error:
+            data.open_data(str(root), HW)
+        assert "CLASS" in str(error.value) or "same classes" in str(error.value)
+    fails("no folder .*nowhere", tmp_path / "nowhere")
+    fails("no folder .*val")
+    (tmp_path / "val").mkdir()
+    fails("no class folders")
+    paint(tmp_path / "val/flat.JPG")
+    fails("1 images such as flat.JPG lie flat")
+    (tmp_path / "val/flat.JPG").unlink()
+    (tmp_path / "val/c").mkdir()
+    fails("not a single image in .*: c;")
+    paint(tmp_path / "val/c/1.png")
+    fails("no folder .*train")
+    make_folder(tmp_path, val=("b", "c"))
+    (tmp_path / "train/empty").mkdir()
+    fails("without an image in .*: empty")
+    (tmp_path / "train/empty").rmdir()
+    fails("1 only in .*/train: a; 1 only in .*/val: c")
+
+
+def test_folder_index_is_complete_sorted_and_compact(tmp_path):
+    """Sub-folders, links and any case count, hidden and other files do not; classes are in order,
+    and paths inside each; the index is three arrays."""
+    make_folder(tmp_path / "elsewhere")
+    make_folder(tmp_path)
+    for name in ("b/z.JPEG", "a/sub/deep/x.WebP", "b/2/x.png", "a-b/1.png", ".hidden/x.png",
+                 "a/.x.png", "a/sub/.h/x.png"):
+        paint(tmp_path / "train" / name)
+    (tmp_path / "train/a/notes.txt").write_text("no image")
+    (tmp_path / "train/c").symlink_to(tmp_path / "elsewhere/val")
+    (tmp_path / "train/a/linked").symlink_to(tmp_path / "elsewhere/train/a")
+    source = pickle.loads(pickle.dumps(data.scan_folder(tmp_path, "train")))
+    assert [source.name(i) for i in range(len(source))] == [
+        "train/a/1.png", "train/a/linked/1.png", "train/a/sub/deep/x.WebP", "train/a-b/1.png",
+        "train/b/1.png", "train/b/2/x.png", "train/b/z.JPEG", "train/c/a/1.png", "train/c/b/1.png"]
+    assert [source.load(i)[1] for i in range(9)] == [0, 0, 0, 1, 2, 2, 2, 3, 3]
+    assert source.classes == ["a", "a-b", "b", "c"]
+    assert all(isinstance(x, np.ndarray) for x in (source.names, source.offsets, source.labels))
+    n = 100_000
+    big = data.ImageFolder("/data", "train", ["a"], bytes(n * 20), [20] * n, [0] * n)
+    assert len(pickle.dumps(big)) < 4 * 2**20 and big.offsets[-1] == n * 20
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    """Its images are not left out silently. Here its path is too long for the system."""
+    make_folder(tmp_path)
+    monkeypatch.chdir(tmp_path / "train" / "a")
+    for _ in range(20):
+        os.mkdir("x" * 250)
+        os.chdir("x" * 250)
+    with pytest.raises(OSError, match="too long"):
+        data.open_data(str(tmp_path), HW)
+
+
+def test_validation_labels_are_numbered_as_in_the_models_classes(tmp_path):
+    """A model may have the folder's classes in another order; other classes leave it as it is."""
+    make_folder(tmp_path, val=("a", "b", "c"))
+    paint(tmp_path / "val/b/2.png")
+    for classes, labels in ((None, [0, 1, 1, 2]), (["a", "b", "c"], [0, 1, 1, 2]),
+                            (["b", "c", "a"], [2, 0, 0, 1]), (["a", "b"], [0, 1, 1, 2])):
+        source = data.open_val(str(tmp_path), HW, classes=classes)
+        assert [source.load(i)[1] for i in range(4)] == labels
+        assert [source.classes[label] for label in labels] == ["a", "b", "b", "c"]
+        assert source.name(3) == "val/c/1.png"
+    with pytest.raises(ValueError, match="1 only in model: z; 1 only in val: a"):
+        data.check_same_classes("model", ["b", "z"], "val", ["a", "b"])
+    with pytest.raises(ValueError, match="order differs"):
+        data.check_same_classes("model", ["b", "a"], "val", ["a", "b"])
+
+
+def test_flat_validation_images_take_their_classes_from_a_file(tmp_path):
+    """Either form gives the folders' labels; what does not agree is named."""
+    for i in range(3):
+        paint(tmp_path / "val" / f"v_{i}.JPEG")
+    lines = tmp_path / "lines.txt"
+    for text in ("v_0.JPEG n01\nv_1.JPEG n02\n\nv_2.JPEG n01\n",
+                 "ImageId,PredictionString\nv_1,n02 1 2 3 4 n01 5 6 7 8 \nv_0,n01 1\nv_2,n01"):
+        lines.write_text(text)
+        source = data.open_val(tmp_path, HW, lines)
+        assert source.classes == ["n01", "n02"] and source.labels.tolist() == [0, 1, 0]
+        assert source.name(1) == "val/v_1.JPEG" and source.load(1)[1] == 1
+        assert data.open_val(tmp_path, HW, lines, ["n00", "n01", "n02"]).labels.tolist() == [
+            1, 2, 1]
+    make_folder(tmp_path, train=("n00", "n01", "n02"), val=())
+    train, val = data.open_data(tmp_path, HW, lines)
+    assert len(train) == 3 and val.classes == train.classes and val.labels.tolist() == [1, 2, 1]
+    lines.write_text("v_0 10\nv_1 9\nv_2 10\n")
+    assert data.open_val(tmp_path, HW, lines).classes == ["9", "10"]
+    for text, message in [("v_0 a\nv_1 b", "1 images of .* without a label: v_2"),
+                          ("v_0 a\nv_1 b\nv_2 a\nv_3 a", "1 images of .* missing: v_3"),
+                          ("v_0", "'v_0' is not of the form"), ("", "3 images .* without a label")]:
+        lines.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            data.open_val(tmp_path, HW, lines)
+    lines.write_text("v_0 a\nv_1 b\nv_2 a")
+    with pytest.raises(ValueError, match="1 images .* of a class unknown to the model: v_1"):
+        data.open_val(tmp_path, HW, lines, ["a"])
+    with pytest.raises(ValueError, match="--val-labels .* cannot be read"):
+        data.open_val(tmp_path, HW, tmp_path / "nowhere.txt")
+    with pytest.raises(ValueError, match="name their classes with --val-labels"):
+        data.open_val(tmp_path, HW)
+
+
+def test_shapes_are_deterministic_balanced_and_differ_by_split():
+    """Image i is the same whenever it is drawn; the splits share no image."""
+    train, val = data.open_data("shapes", (32, 48))
+    assert (len(train), len(val), len(train.classes)) == (8000, data.SHAPES_VAL, 16)
+    for i in (0, 17, 999):
+        (image, label), (again, _) = train.load(i), data.Shapes((32, 48), "train").load(i)
+        assert image.tobytes() == again.tobytes() and label == i % 16 and image.size == (48, 32)
+        assert image.tobytes() != val.load(i)[0].tobytes()
+
+
+def test_unreadable_images_are_ignored_named_and_limited(tmp_path):
+    """Bad files get label -100 and black pixels, never another image; too many end the run."""
+    make_folder(tmp_path)
+    good = (paint(tmp_path / "train/a/good.jpg", colour=(255, 255, 255))).read_bytes()
+    files = {"cut.jpg": good[:200], "empty.png": b"", "text.jpg": b"not an image",
+             "huge.pgm": b"P5 20000 20000 255\n"}  # a decompression bomb
+    for name, content in files.items():
+        (tmp_path / "train/a" / name).write_bytes(content)
+    source = data.scan_folder(tmp_path, "train")
+    (tmp_path / "train/b/1.png").unlink()  # and one that vanishes after the scan
+    batch = next(iter(data.eval_loader(source, CONFIG, HW, 8, 0, 1, "cpu")))
+    images, labels, indices = batch
+    bad = (labels == IGNORE) & (indices >= 0)
+    names = {source.name(i) for i in indices[bad].tolist()}
+    assert names == {"train/b/1.png", *(f"train/a/{n}" for n in files)}
+    assert not images[bad].any() and labels.tolist().count(0) == 2 and (indices == -1).sum() == 1
+    assert data.unreadable_in(labels, indices) == set(indices[bad].tolist())
+    in_training = train_batches(source, local=6, steps=1)
+    assert set().union(*(data.unreadable_in(b[1], b[2]) for b in in_training)) == set(
+        indices[bad].tolist())
+    assert all(not row.any() for _, labels, _, rows in in_training for row in rows[labels < 0])
+    log = data.Unreadable(source, 5 / 7)
+    assert set(log.add(set(indices[bad].tolist()))) == names and log.error() is None
+    assert log.add(set(indices[bad].tolist())) == []
+    log.max_share = 0.5
+    assert re.search(r"5 of 7 .*--max-unreadable 0.5 allows \(3\); .*cut.jpg", log.error())
+    log = data.Unreadable(source, 0)
+    assert log.error() is None and log.add({3}) and "1 of 7" in log.error()
+    with pytest.raises(ZeroDivisionError):  # a bug in a transform is no unreadable image
+        data.Views(source, lambda image: 1 / 0, HW, 0)[0, 0]
+
+
+# ----------------------------------------------------------------------------- order
+def test_order_is_a_permutation_of_seed_and_epoch():
+    """Each epoch shows every image once, in an order that seed and epoch change."""
+    orders = [data.order(100, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(o) == list(range(100)) for o in orders)
+    assert len({tuple(o) for o in orders}) == 4
+
+
+@pytest.mark.parametrize("world, local", [(1, 6), (2, 3), (3, 1)])
+def test_the_stream_is_the_order_of_its_epochs_end_to_end(world, local):
+    """Image i of the stream is order(n, seed, i // n)[i % n], from any start, where epochs of 7 end
+    inside batches of 6 and a batch of 6 holds parts of several micro-batches of several ranks."""
+    for start in (0, 6, 5, 6 * 10**8):
+        ranks = [data.StreamSampler(7, 3, 6, local, rank, world, start, 4) for rank in range(world)]
+        micros = zip(*ranks, strict=True)
+        got = [key for same_time in micros for batch in same_time for key in batch]
+        assert got == [(i // 7, data.order(7, 3, i // 7)[i % 7]) for i in range(start, start + 24)]
+        assert {len(sampler) for sampler in ranks} == {24 // (world * local)}
+    with pytest.raises(ValueError, match="6 must be a multiple of 4 images x 1 ranks"):
+        data.StreamSampler(7, 3, 6, 4, 0, 1, 0, 1)
+    with pytest.raises(ValueError, match=r"must be images \(0\)"):
+        data.StreamSampler(0, 3, 6, 6, 0, 1, 0, 1)
+
+
+def test_start_step_far_in_the_run_starts_at_once():
+    """A resume does not replay the stream: that would take minutes."""
+    begin = time.perf_counter()
+    first = next(iter(data.StreamSampler(1000, 0, 8, 4, 1, 2, 10**9, 1)))
+    assert time.perf_counter() - begin < 1 and first[0][0] == 10**9 // 1000
+
+
+def test_layout_and_resume_do_not_change_batches_or_pixels():
+    """World, micro-batch, workers and start step leave the stream and its pixels as they are."""
+    source = few_shapes()  # 60 of 25 images: epochs end inside batches
+    whole = steps_of([train_batches(source)], 5)
+    assert len(whole) == 4 and len(whole[3].flatten(0, 1).unique(dim=0)) == 60  # jitter: own rows
+    for world, local in ((1, 4), (2, 3), (3, 4), (4, 1)):
+        ranks = [train_batches(source, world, rank, local) for rank in range(world)]
+        assert all(map(torch.equal, steps_of(ranks, 5), whole)), (world, local)
+    resumed = steps_of([train_batches(source, local=6, start_image=36, steps=2, num_workers=2)], 2)
+    assert all(torch.equal(a, b[3:]) for a, b in zip(resumed, whole))
+    epochs = whole[2].flatten()[:50].view(2, 25)
+    assert all(sorted(epoch.tolist()) == list(range(25)) for epoch in epochs)
+    assert torch.equal(whole[1], whole[2] % 16)  # each image comes with its own label
+    with pytest.raises(ValueError, match="multiple of 5 images x 2 ranks"):
+        train_batches(source, 2, 0, 5)
+
+
+@pytest.mark.parametrize("world, batch", list(itertools.product((1, 2, 3, 4), (7, 64))))
+def test_evaluation_counts_each_image_once(world, batch):
+    """All ranks have as many equal batches; every image is in one; the rest is padding. What
+    training alone needs, seed, augmentation and global batch, the config need not have."""
+    config = SimpleNamespace(crop_ratio=0.875, num_workers=0, prefetch_factor=4, pin_memory=True)
+    source = few_shapes(45, "val")
+    ranks = [list(data.eval_loader(source, config, HW, batch, r, world, "cpu"))
+             for r in range(world)]
+    assert {len(batches) for batches in ranks} == {-(-45 // (batch * world))}
+    images, labels, indices = map(torch.cat, zip(*(b for batches in ranks for b in batches)))
+    assert images.shape[1:] == (3, *HW) and len(images) % (world * batch) == 0
+    assert sorted(indices[indices >= 0].tolist()) == list(range(45))
+    assert torch.equal(labels == IGNORE, indices == PADDING)
+    assert torch.equal(labels[indices >= 0], indices[indices >= 0] % 16)
+    assert not images[indices == PADDING].any() and images[indices >= 0].flatten(1).any(1).all()
+
+
+# ----------------------------------------------------------------------------- views
+def test_a_view_is_a_function_of_seed_epoch_and_index():
+    """One image under all numbers: the same (seed, epoch, index) gives the same pixels and the same
+    jitter, those that the generator of these three draws; any other gives others."""
+    picture = data.Shapes((64, 64), "train").load(3)[0]
+    same = SimpleNamespace(load=lambda index: (picture, 0))
+    transform = train_transform(CONFIG, HW)
+    views = {}
+    for seed, epoch, index in itertools.product((0, 1), (0, 1, 2), (0, 1, 2)):
+        dataset = data.Views(same, transform, HW, seed, jitter=True)
+        view, label, number, row = dataset[epoch, index]
+        again = dataset[epoch, index]
+        assert torch.equal(view, again[0]) and torch.equal(row, again[3])
+        assert (label, number) == (0, index)
+        torch.manual_seed(stable_seed("view", seed, epoch, index))
+        assert torch.equal(view, transform(picture)) and torch.equal(row, draw_jitter())
+        views[seed, epoch, index] = view.numpy().tobytes(), tuple(row.tolist())
+    for a, b in itertools.combinations(views, 2):
+        assert views[a][0] != views[b][0] and views[a][1] != views[b][1], (a, b)
+
+
+def test_an_image_looks_different_in_every_epoch():
+    """In the batches themselves: no view of an image returns, and the same epoch shows the same."""
+    images, _, indices, rows = (part.flatten(0, 1) for part in steps_of(
+        [train_batches(few_shapes(4), steps=3)], 3))  # nine epochs of four images
+    for index in range(4):
+        own = (indices == index).nonzero().flatten()
+        assert len(own) == 9 == len(images[own].flatten(1).unique(dim=0))
+        assert len(rows[own].unique(dim=0)) == 9
+    again = steps_of([train_batches(few_shapes(4), steps=3)], 3)
+    assert torch.equal(again[0].flatten(0, 1), images)
+    other = steps_of([train_batches(few_shapes(4), steps=3, seed=6)], 3)
+    assert not torch.equal(other[0].flatten(0, 1), images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_trainers_random_state_is_untouched(workers):
+    """Neither making views, in the process or in workers, nor starting a loader draws from it."""
+    source = few_shapes()
+    config = replace(CONFIG, num_workers=workers)
+    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+    train_batches(source, num_workers=workers)
+    list(data.eval_loader(source, config, HW, 7, 0, 1, "cpu"))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), str(np.random.get_state())) == before[1:]
+
+
+def test_views_draw_from_torch_alone():
+    """NeMo's transforms give the same view whatever python's and numpy's generators hold."""
+    image = data.Shapes((64, 48), "train").load(3)[0]
+    transform = train_transform(CONFIG, HW)
+    views = []
+    for seed in range(8):
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(0)
+        views.append(np.asarray(transform(image)).tobytes())
+    assert len(set(views)) == 1
+
+
+def test_evaluation_view_is_resize_and_centre_crop():
+    """As torchvision's Resize + CenterCrop for a square; other shapes keep the aspect ratio. It is
+    the view of every evaluation batch, at --crop-ratio, and of training without augmentation."""
+    rng = np.random.default_rng(0)
+    for size in ((500, 375), (375, 500), (300, 300), (257, 901)):
+        image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        theirs = v2.CenterCrop(64)(v2.Resize(73, interpolation=v2.InterpolationMode.BICUBIC)(image))
+        ours = centre_view(image, (64, 64), 0.875)
+        assert np.abs(np.asarray(ours, int) - np.asarray(theirs)).max() <= 1
+    disc = Image.new("RGB", (400, 300))
+    ImageDraw.Draw(disc).ellipse((150, 100, 250, 200), fill=(255, 255, 255))
+    view = np.asarray(centre_view(disc, (96, 160), 1.0))[..., 0] > 127
+    assert view.shape == (96, 160) and abs(np.ptp(np.nonzero(view)[0])
+                                           - np.ptp(np.nonzero(view)[1])) <= 1
+    source, hw = few_shapes(6, "val", (60, 80)), (32, 40)
+    for ratio in (0.5, 0.875):
+        config = replace(CONFIG, crop_ratio=ratio, augmentation="none")
+        views = [np.asarray(centre_view(source.load(i)[0], hw, ratio)) for i in range(6)]
+        views = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+        assert torch.equal(next(iter(data.eval_loader(source, config, hw, 6, 0, 1, "cpu")))[0],
+                           views)
+        trained = data.train_loader(source, config, hw, 12, 0, 1, 0, 1, "cpu")
+        images, _, indices = next(iter(trained))
+        assert torch.equal(images, views[indices])
+
+
+@pytest.mark.parametrize("augmentation, more", [
+    ("crop", []), ("crop-flip", [v2.RandomHorizontalFlip()]),
+    ("nemo", [v2.RandomHorizontalFlip(), v2.ToPILImage(), v2.AutoAugment(
+        v2.AutoAugmentPolicy.IMAGENET, v2.InterpolationMode.BICUBIC, fill=128),
+        v2.PILToTensor()])])
+def test_augmentations_are_torchvisions(augmentation, more):
+    """From the same generator state each list of transforms gives the bytes of torchvision's own,
+    for 40 draws: at scale 0.3, bicubic, NeMo's grey of 128 where AutoAugment turns an image."""
+    image = data.Shapes((100, 120), "train").load(3)[0]
+    ours = train_transform(replace(CONFIG, augmentation=augmentation, crop_scale=0.3), (64, 96))
+    theirs = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(
+        (64, 96), (0.3, 1.0), interpolation=v2.InterpolationMode.BICUBIC), *more])
+    views = []
+    for seed in range(40):
+        views += [torch.manual_seed(seed) and view(image) for view in (ours, theirs)]
+        assert torch.equal(*views[-2:])
+    assert len(torch.stack(views).unique(dim=0)) == 40
+    pickle.loads(pickle.dumps(ours))  # as workers need it that are not forked
+
+
+def test_training_view_is_torchvisions_on_pillow():
+    """Resizing bytes in torch is Pillow's resize: at most 1 of 255 apart in 99 % of the values (two
+    roundings; more only at sharp edges, where the bytes between the two passes saturate)."""
+    image = data.Shapes((300, 400), "train").load(3)[0]
+    ours = train_transform(replace(CONFIG, augmentation="crop-flip"), (64, 96))
+    theirs = v2.Compose([
+        v2.RandomResizedCrop((64, 96), interpolation=v2.InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    for seed in range(8):
+        views = [torch.manual_seed(seed) and view(image).int() for view in (ours, theirs)]
+        assert ((views[0] - views[1]).abs() <= 1).float().mean() > 0.99
+
+
+# ----------------------------------------------------------------------------- on the device
+def test_normalize_is_exact():
+    """(x / 255 - mean) / std in fp32, then cast."""
+    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8, generator=generator("images"))
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    want = torch.stack([(images[:, c] / 255 - mean[c]) / std[c] for c in range(3)], 1)
+    torch.testing.assert_close(normalize(images, mean, std, torch.float32), want)
+    assert normalize(images, mean, std, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_colour_jitter_on_the_device_is_torchvisions():
+    """From the same generator state a row draws, and color_jitter does, what NeMo's ColorJitter
+    does to each float image, in all 24 orders, on black, white and grey pixels too (1e-5: rounding
+    in fp32, 2e-6 seen), and nothing else is drawn. It compiles to one graph and reads nothing back:
+    it runs on the meta device."""
+    images = torch.randint(0, 256, (200, 3, 16, 12), generator=generator(0), dtype=torch.uint8)
+    images[:, :, :4] = images[:, :1, :4]
+    images[:, :, 4], images[:, :, 5] = 0, 255
+    theirs, rows, want = v2.ColorJitter(0.4, 0.4, 0.4, 0.1), [], []
+    for seed, image in enumerate(images):
+        torch.manual_seed(seed)
+        rows.append(draw_jitter())
+        after = torch.get_rng_state()
+        torch.manual_seed(seed)
+        want.append(theirs(image / 255))
+        assert torch.equal(after, torch.get_rng_state())
+    rows, want = torch.stack(rows), torch.stack(want)
+    assert len(rows[:, :4].unique(dim=0)) == 24
+    got = color_jitter(images / 255, rows)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    compiled = torch.compile(normalize, fullgraph=True, backend="eager")
+    got = compiled(images, mean, std, torch.float32, rows)
+    want = (want - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+    normalize(images.to("meta"), mean, std, torch.float32, rows.to("meta"))
+
+
+# ----------------------------------------------------------------------------- loaders
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="workers share memory elsewhere")
+def test_too_little_shared_memory_fails_at_the_start():
+    """With the flags that help, instead of a bus error hours later; loading without workers needs
+    none. Room for twice the batches held ready is asked for: an evaluation comes on top."""
+    config = replace(CONFIG, num_workers=2, prefetch_factor=10**9)
+    for make in (lambda c: data.train_loader(few_shapes(), c, HW, 12, 0, 1, 0, 1, "cpu"),
+                 lambda c: data.eval_loader(few_shapes(), c, HW, 12, 0, 1, "cpu")):
+        with pytest.raises(ValueError, match="--num-workers or --prefetch-factor"):
+            make(config)
+        assert len(make(replace(config, num_workers=0)))
+    free = shutil.disk_usage("/dev/shm").free
+    data._check_shared_memory(1, free // 10)
+    with pytest.raises(ValueError, match="MiB free"):
+        data._check_shared_memory(9, free // 10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals of Linux")
+def test_workers_outlive_the_jobs_sigterm_but_not_their_trainer():
+    """After SIGTERM and SIGINT to the whole process group the batches go on; a trainer that then
+    fails, its loader still referenced, exits at once and leaves no worker."""
+    program = textwrap.dedent("""
+        import os, signal, sys, time
+        sys.path.insert(0, %r)
+        import data
+        from configs import TrainConfig
+        config = TrainConfig(global_batch_size=4, num_workers=2, seed=0, augmentation="none")
+        source = data.Shapes((32, 32), "train")
+        batches = iter(data.train_loader(source, config, (32, 32), 4, 0, 1, 0, 100, "cpu"))
+        next(batches)
+        for number in (signal.SIGTERM, signal.SIGINT):  # only now: workers inherit none of it
+            signal.signal(number, lambda *_: None)
+        print(*[w.pid for w in batches._workers], flush=True)
+        input()
+        assert len(list(batches)) == 99
+        batches = iter(data.train_loader(source, config, (32, 32), 4, 0, 1, 0, 10**6, "cpu"))
+        next(batches)
+        raise SystemError("the trainer fails")
+    """) % str(Path(__file__).parent)
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0)
+    try:
+        workers = [int(pid) for pid in child.stdout.readline().split()]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.killpg(child.pid, number)  # as torchrun's agent does: not from the workers' parent
+        time.sleep(0.3)
+        _, errors = child.communicate("\n", timeout=120)
+        assert "the trainer fails" in errors and child.returncode == 1, errors
+        assert len(workers) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+# ----------------------------------------------------------------------------- the digits
+def test_digits_are_written_as_a_folder_to_train_on(tmp_path, capsys):
+    """1,438 PNGs and 359 JPEGs of ten classes, every fifth digit for validation, grey, each pixel
+    Pillow's bicubic resize of 8 x 8 values of 0 to 16; a folder in use is left alone."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    folder = tmp_path / "new" / "digits"
+    data.main(["digits", str(folder), "--size", "24"])
+    assert re.search("train: 1,438 images.*val: 359 images", capsys.readouterr().out)
+    train, val = data.open_data(str(folder), HW)
+    assert (len(train), len(val)) == (1438, 359) and train.classes == list("0123456789")
+    for i, source in ((3, train), (1796, train), (4, val), (1794, val)):
+        ending = "jpg" if source is val else "png"
+        name = f"{source.split}/{digits.target[i]}/{i:05d}.{ending}"
+        index = [source.name(k) for k in range(len(source))].index(name)
+        image, label = source.load(index)
+        want = Image.fromarray((digits.images[i] * 255 / 16).astype("uint8"))
+        want = np.asarray(want.resize((24, 24), Image.Resampling.BICUBIC), int)[..., None]
+        assert label == digits.target[i] and image.size == (24, 24)
+        assert np.abs(np.asarray(image, int) - want).max() <= (4 if source is val else 0)  # JPEG
+    before = sorted(folder.rglob("*"))
+    for argv, message in ((["digits", str(folder)], "is not empty"),
+                          (["digits", str(folder / "train/0/00000.png")], "cannot be written"),
+                          (["digits", str(tmp_path / "x"), "--size", "0"], "--size 0")):
+        with pytest.raises(SystemExit):
+            data.main(argv)
+        errors = capsys.readouterr().err
+        assert errors.count("data.py: error:") == 1 and message in errors
+    assert sorted(folder.rglob("*")) == before and not (tmp_path / "x").exists()
+
+
+def test_digits_say_which_library_they_need(tmp_path, monkeypatch, capsys):
+    """scikit-learn is no requirement: without it there is one clear error and no folder."""
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(SystemExit):
+        data.main(["digits", str(tmp_path / "x")])
+    assert "pip install scikit-learn" in capsys.readouterr().err and not (tmp_path / "x").exists()
