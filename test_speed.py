@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 import types
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -59,6 +61,10 @@ DROPS = dict(hidden_dropout=0.2, drop_path_rate=0.3)
 
 
 # ----------------------------------------------------------------------------- stand-ins, helpers
+class Handle(types.SimpleNamespace):
+    """Symmetric memory's: with it the memory goes, and who still uses that crashes."""
+
+
 class FileGpus(peer.Gpus):
     """peer.Gpus for ranks on a CPU: memory is files that all of them map, NaN at first; it is its
     own stream and event, and `log` tells what happens on these and in memory, one after the other.
@@ -99,7 +105,9 @@ class FileGpus(peer.Gpus):
             dist.barrier(axis.group)
             if axis.rank == 0:
                 time.sleep(0.005)
-        return memories[axis.rank], types.SimpleNamespace(get_buffer=get_buffer, barrier=barrier)
+        handle = Handle(get_buffer=get_buffer, barrier=barrier)
+        weakref.finalize(handle, os.truncate, paths[axis.rank], 0).atexit = False
+        return memories[axis.rank], handle
 
     def begun(self, sent, result):
         self.log.append("begun")
@@ -624,12 +632,12 @@ def test_selective_recomputation_repeats_no_product_in_fp8_or_fused_blocks(fused
 EAGER = "aot_eager_decomp_partition"  # the compiler without its last half, which writes kernels
 
 
-def _compiled_beside_eager(tp, folder):
+def _compiled_beside_eager(grid, folder=None):
     """For compiled models, one for each kind of recomputation: the largest difference of gradients
     from those of the fused model that runs eagerly with collectives, the graphs, bytes that a block
     keeps for backward, apart from weights, and the plan's. Selective is cut into forward and
     backward by the compiler but run eagerly, to save a minute; the others are as the flags say."""
-    grid, results = grid_of(tp), {}
+    tp, results = grid.tp.size, {}
     config = replace(TINY, hidden_dropout=0.1, drop_path_rate=0.2)
     weights, batch = random_weights(config), batch_of(config, 4)
     images, labels = (x[grid.tp.rank * 4 // tp:][:4 // tp] for x in batch)
@@ -666,12 +674,28 @@ def _compiled_beside_eager(tp, folder):
     return results
 
 
-@pytest.fixture(scope="module", params=[(1, False), (2, False), (2, True)],
-                ids=["tp1", "tp2", "tp2-overlap"])
-def compiled(request, tmp_path_factory):
-    tp, overlap = request.param
-    return run_ranks(tp, _compiled_beside_eager, tp, overlap and tmp_path_factory.mktemp("shared"),
-                     timeout=300)[0]
+def _compiled_without_and_with_overlap(tp, folder):
+    from torch._inductor import config
+    grid, config.cpp.simdlen = grid_of(tp), 1  # without vector registers: it compiles faster
+    return [_compiled_beside_eager(grid, f) for f in ([None, folder] if tp > 1 else [None])]
+
+
+@pytest.fixture(scope="module")
+def compiled_models(tmp_path_factory):
+    """All three layouts, [rank] each; at the same time, since a compiler does not fill two cores.
+    """
+    def run(tp):
+        folder = tmp_path_factory.mktemp("shared")
+        return run_ranks(tp, _compiled_without_and_with_overlap, tp, folder, timeout=400)[0]
+    with ThreadPoolExecutor() as pool:
+        one, two = pool.map(run, (1, 2))
+    return {"tp1": [one[0][0]], "tp2": [rank[0] for rank in two],
+            "tp2-overlap": [rank[1] for rank in two]}
+
+
+@pytest.fixture(params=["tp1", "tp2", "tp2-overlap"])
+def compiled(request, compiled_models):
+    return compiled_models[request.param]
 
 
 def test_compiled_gradients_equal_eager_ones(compiled):
@@ -710,13 +734,14 @@ def test_a_model_whose_images_visit_is_the_unsplit_one(tp, recompute, fused, tmp
     results = run_ranks(tp, _split_run, tp, dict(fused=fused), True, tmp_path, flags)[0]
     assert largest_difference(results) < 1e-5
     shifts = 2 * TINY.num_layers * (tp - 1)  # one way, in a forward
-    again = {"none": (0, 0), "full": (1, 1), "selective": (1, 0)}[recompute]
+    # What backward repeats: nothing, all, or all but the way home, whose end comes again.
+    visits, returns, ends = dict(none=(0, 0, 0), full=(1, 1, 2), selective=(1, 0, 2))[recompute]
     for *_, operators, late in results:
         assert late == 0
         assert not operators["all_gather_into_tensor"] and not operators["reduce_scatter_tensor"]
-        # Backward sends the gradients of both ways by `visit`.
-        assert operators["visit"] == (3 + again[0]) * shifts
-        assert operators["return_home"] == (1 + again[1]) * shifts
+        assert operators["visit"] == (3 + visits) * shifts  # gradients of both ways are visits too
+        assert operators["return_home"] == (1 + returns) * shifts
+        assert operators["wait_tensor"] == (4 + ends) * shifts
 
 
 def four_steps(model, grid, **options):
@@ -774,29 +799,35 @@ def test_products_run_while_images_travel(tmp_path):
         assert logs == [2 * TINY.num_layers * order for order in (forward, backward)]
 
 
+SIZES = (4, 5, 300, 5, 4, 300, 5)
+
+
 def _shifts(folder):
-    """Seven shifts one after the other, to the next rank, that no one waits for, of growing size;
-    whether each has ended, and then what came."""
+    """Seven shifts one after the other, to the next rank, that no one waits for; whether each has
+    ended, how often memory was shared, and then what came."""
     grid, gpus = grid_of(3), FileGpus(folder)
     exchange, results = peer.Exchange(grid.tp, CPU, gpus), []
-    for i in range(7):
-        x = torch.full((4 + i // 3,), 10.0 * i + grid.tp.rank)
+    for i, size in enumerate(SIZES):
+        x = torch.full((size,), 10.0 * i + grid.tp.rank)
         results.append(exchange.shift(x.bfloat16() if i % 2 else x, 1))
         del x
     pending = [work.pending for work in gpus.works]
+    results.append(exchange.shift(torch.arange(6.0).view(2, 3).t(), 1))
     for result in results:
         torch.ops._c10d_functional.wait_tensor(result)
-    return pending, gpus.shared, [result.tolist() for result in results]
+    return pending, gpus.shared, [result.tolist() for result in results], results[-1].stride()
 
 
 def test_a_shift_that_no_one_waits_for_ends_all_the_same(tmp_path):
     """tp 3: when as many have begun after it; until then what it reads and writes is kept. Each
-    result is what the rank before sent; memory is shared again only where a tensor is larger than
-    any before, rounded up to 512 bytes."""
-    for rank, (pending, shared, results) in enumerate(run_ranks(3, _shifts, tmp_path)[0]):
+    result is what the rank before sent, in two types. Memory is shared at the start and again for
+    the first tensor of more than 512 bytes; from then on smaller ones use the new one. A view comes
+    as a tensor of its own, as the compiler is told."""
+    for rank, (pending, shared, results, stride) in enumerate(run_ranks(3, _shifts, tmp_path)[0]):
+        assert results.pop() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]] and stride == (2, 1)
         assert pending == [False] * 4 + [True] * 3
-        assert results == [[10.0 * i + (rank - 1) % 3] * (4 + i // 3) for i in range(7)]
-        assert shared == 1
+        assert results == [[10.0 * i + (rank - 1) % 3] * size for i, size in enumerate(SIZES)]
+        assert shared == 2
 
 
 def test_tp_overlap_is_for_gpus_that_reach_each_other():
