@@ -109,11 +109,14 @@ class ViTConfig:
     @property
     def flops_per_image(self) -> int:
         """Floating-point operations of one image's forward pass: the matrix products and attention
-        (a multiply-add is 2). A training step costs three times this, without recomputation."""
+        that are computed (a multiply-add is 2); of the last block keys and values of all tokens,
+        the rest of one. A training step costs three times this, without recomputation."""
         s, d, f = self.seq_length, self.hidden_size, self.ffn_hidden_size
         block = 2 * s * (4 * d * d + 2 * d * f) + 4 * s * s * d
+        last = 4 * s * d * d + 2 * (2 * d * d + 2 * d * f) + 4 * s * d
         head = 2 * d * self.num_classes + (2 * d * d if self.head == "mlp" else 0)
-        return self.num_layers * block + 2 * self.num_patches * d * self.patch_dim + head
+        embedding = 2 * self.num_patches * d * self.patch_dim
+        return embedding + (self.num_layers - 1) * block + last + head
 
 
 def _shape(hidden, ffn, layers, heads, patch, **more):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configs import ViTConfig
-from model import KEPT, Attention, Block, ViT
+from model import KEPT, Attention, Block, LastBlock, ViT
 from parallel import ColumnParallelLinear, RowParallelLinear
 
 try:
@@ -33,7 +33,7 @@ def apply(model: ViT, *, attention: str | None = None, fp8: bool = False,
     attention: a key of BACKENDS, triton or flash-attn (choose_attention), or None: torch's choice.
     fp8: the blocks' products in training are Fp8Linear's; weights in bf16. fused: FusedBlock.
     """
-    for block in model.blocks:
+    for block in model.blocks[:-1]:  # the last one's products are small, and of any number of rows
         attn, mlp = block.attn, block.mlp
         if attention is not None:
             attn.__class__, attn.kernel = ATTENTION.get(attention, SdpaAttention), attention
@@ -42,12 +42,12 @@ def apply(model: ViT, *, attention: str | None = None, fp8: bool = False,
             layer.bias_gradient = layer is not attn.qkv or attention != "triton"
         for layer in (attn.proj, mlp.fc2) if fp8 else ():
             layer.__class__ = Fp8RowLinear
-        if fused:
-            block.__class__ = FusedBlock
-            # A buffer, not a float: blocks that differ in it share one compiled graph.
-            keep = torch.tensor(1 - block.drop_path.rate, device=block.norm1.weight.device)
-            block.register_buffer("keep", keep if model.config.drop_path_rate else None,
-                                  persistent=False)
+    for block in model.blocks if fused else ():
+        block.__class__ = FusedLastBlock if isinstance(block, LastBlock) else FusedBlock
+        # A buffer, not a float: blocks that differ in it share one compiled graph.
+        keep = torch.tensor(1 - block.drop_path.rate, device=block.norm1.weight.device)
+        block.register_buffer("keep", keep if model.config.drop_path_rate else None,
+                              persistent=False)
     if fused:
         model.__class__ = FusedViT
 
@@ -102,11 +102,14 @@ class FusedBlock(Block):
     every sum is fused with the norm behind it: L/16 1,125 to 1,149 images/s (as in `dropout`).
     seed: int32 [], of the four draws of a block; recomputation replays them."""
 
+    tokens = None  # all go on
+
     def forward(self, stream):
         x, y, seed = stream
         seeds = [seed := seed + GOLDEN_RATIO for _ in range(4)]
         x = x + self.dropped(y, seeds[0])
-        x = x + self.dropped(self.path(self.attn(self.norm1(x)), seeds[1]), seeds[2])
+        y = self.dropped(self.path(self.attn(self.norm1(x)), seeds[1]), seeds[2])
+        x = x[:, :self.tokens] + y
         return x, self.path(self.mlp(self.norm2(x)), seeds[3]), seed
 
     def dropped(self, y, seed):
@@ -118,6 +121,11 @@ class FusedBlock(Block):
             return y
         kept = hashed(y.shape[0], seed) * 2**-32 + 0.5 < self.keep
         return y * kept.view(-1, 1, 1) / self.keep.to(y.dtype)
+
+
+class FusedLastBlock(FusedBlock):
+    """Its result is [b, 1, D], as LastBlock's."""
+    tokens = 1
 
 
 class FusedViT(ViT):

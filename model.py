@@ -2,7 +2,7 @@
 
     tokens  x = dropout([class tokens; patches W_p + b_p] + positions)
     block   x = x + attention(norm1(x));  x = x + mlp(norm2(x))      each half: drop path, dropout
-    output  logits = head(norm(x[token 0]))
+    output  logits = head(norm(x[token 0])); so the last block computes token 0 only
 
 Parameter names and shapes are timm's, so that a public checkpoint loads with no mapping and ours
 opens there: cls_token, pos_embed, patch_embed.proj, blocks.N.{norm1, attn.qkv, attn.proj, norm2,
@@ -62,11 +62,23 @@ class Attention(nn.Module):
         return self.proj(self.attend(self.qkv(x)))                             # [b, S, D]
 
     def attend(self, qkv):                                                     # [t*b, S, 3D/t]
-        qkv = qkv.unflatten(-1, (3, -1, self.head_dim))                        # [t*b,S,3,nh/t,hd]
-        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))                   # [t*b,nh/t,S,hd]
+        return self.answer(*qkv.chunk(3, -1))                                  # [t*b, S, D/t]
+
+    def answer(self, *qkv):                                                    # [t*b, S, D/t] each
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in qkv)
         rate = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)            # [t*b,nh/t,S,hd]
         return y.transpose(1, 2).flatten(2)                                    # [t*b, S, D/t]
+
+
+class LastAttention(Attention):
+    """What token 0 asks all tokens for: one query, S keys and values."""
+
+    def forward(self, x):                                                      # [b, S, D]
+        x = self.qkv.gather(x)                                                 # [t*b, S, D]
+        q = self.qkv.product_of(slice(0, 1), x[:, :1])                         # [t*b, 1, D/t]
+        k, v = self.qkv.product_of(slice(1, 3), x).chunk(2, -1)                # [t*b, S, D/t] each
+        return self.proj(self.answer(q, k, v))                                 # [b, 1, D]
 
 
 class Mlp(nn.Module):
@@ -115,16 +127,30 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """x + attention(norm1(x)), then x + mlp(norm2(x)), both on this rank's images [b, S, D]."""
 
+    attention = Attention
+
     def __init__(self, config: ViTConfig, tp: Axis, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layernorm_eps)
-        self.attn = Attention(config, tp)
+        self.attn = self.attention(config, tp)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layernorm_eps)
         self.mlp = Mlp(config, tp)
         self.drop, self.drop_path = Dropout(config.hidden_dropout), DropPath(drop_path)
 
     def forward(self, x):
         x = x + self.drop(self.drop_path(self.attn(self.norm1(x))))
+        x = x + self.drop(self.drop_path(self.mlp(self.norm2(x))))
+        return x
+
+
+class LastBlock(Block):
+    """The block of whose result only token 0 is read: [b, S, D] -> [b, 1, D]. Its keys and values
+    need all tokens; query, projection and MLP need one, which spares five sixths of a block."""
+    attention = LastAttention
+
+    def forward(self, x):
+        x, y = x[:, :1], self.norm1(x)                                         # token 0, all tokens
+        x = x + self.drop(self.drop_path(self.attn(y)))
         x = x + self.drop(self.drop_path(self.mlp(self.norm2(x))))
         return x
 
@@ -156,7 +182,8 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.drop = Dropout(config.hidden_dropout)
         rates = [config.drop_path_rate * i / max(layers - 1, 1) for i in range(layers)]
-        self.blocks = nn.Sequential(*(Block(config, grid.tp, rate) for rate in rates))
+        self.blocks = nn.Sequential(*(Block(config, grid.tp, rate) for rate in rates[:-1]),
+                                    LastBlock(config, grid.tp, rates[-1]))
         self.norm = nn.LayerNorm(d, eps=config.layernorm_eps)
         self.pre_logits = PreLogits(d) if config.head == "mlp" else nn.Identity()
         self.head = nn.Linear(d, config.num_classes)
@@ -165,7 +192,7 @@ class ViT(nn.Module):
 
     def forward(self, images):
         x = self.drop(self.embed(images))                                      # [B, S, D]
-        x = self.blocks(x)                                                     # [B, S, D]
+        x = self.blocks(x)                                                     # [B, 1, D]
         x = self.norm(x[:, 0])                                                 # [B, D] token 0
         return self.head(self.pre_logits(x))                                   # [B, num_classes]
 

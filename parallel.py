@@ -209,18 +209,25 @@ class ColumnParallelLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, tp: Axis, parts: int = 1):
         super().__init__()
-        self.tp = tp
+        self.tp, self.parts = tp, parts
         self.weight = nn.Parameter(torch.empty(out_features // tp.size, in_features))
         self.bias = nn.Parameter(torch.empty(out_features // tp.size))
         self.weight.tp_split = self.bias.tp_split = Split(0, parts)
 
     def forward(self, x):
-        if self.tp.size > 1:
-            x = GatherImages.apply(x, self.tp)  # f
-        return self.product(x)
+        return self.product(self.gather(x))
+
+    def gather(self, x):
+        return GatherImages.apply(x, self.tp) if self.tp.size > 1 else x  # f
 
     def product(self, x):
         return F.linear(x, self.weight, self.bias)
+
+    def product_of(self, parts: slice, x):
+        """The product with only these of the weight's parts."""
+        weight, bias = (w.unflatten(0, (self.parts, -1))[parts].flatten(0, 1)
+                        for w in (self.weight, self.bias))
+        return F.linear(x, weight, bias)
 
 
 class RowParallelLinear(nn.Module):

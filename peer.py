@@ -83,10 +83,10 @@ def apply(model: ViT, device: torch.device, wanted: bool | None, gpus=None) -> b
         return False
     Exchange.of[tp.group.group_name] = Exchange(tp, device, gpus)
     KEPT.add(torch.ops.vit.return_home.default)  # what g returns is kept in selective recomputation
-    first = model.blocks[0]
+    first, *_ = model.blocks
     attention = type("VisitingAttention", (AttentionVisits, type(first.attn)), {})
     mlp = type("VisitingMlp", (MlpVisits, type(first.mlp)), {})
-    for block in model.blocks:
+    for block in model.blocks[:-1]:  # the last one sends one token an image back: too little
         block.attn.__class__, block.mlp.__class__ = attention, mlp
     return True
 
