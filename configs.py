@@ -335,8 +335,8 @@ RECIPES = {
         model="demo", precision="fp32", epochs=5.0, global_batch_size=64, lr=2e-3, warmup_steps=100,
         adam_beta2=0.95, weight_decay=0.05, hidden_dropout=0.0, augmentation="none",
         crop_ratio=1.0, num_workers=0, log_interval=25, eval_interval=125, save_interval=125),
-    # NeMo's from-scratch recipe for B/16, but for two things: NeMo decays class tokens and
-    # positions too, and crops bilinearly. Not run at this scale here.
+    # NeMo's from-scratch recipe for B/16. It differs in initial weights, in what decays, in the
+    # crop's filter, the jitter's place and LayerNorm's epsilon: README, "Beside NeMo".
     "pretrain": dict(),
     # The ViT paper's fine-tuning, as NVIDIA's page has it: 20,000 steps at 512 or 518 px. (The
     # launcher's file says 384 px, lr 3e-3, min lr 1e-5 and the pretraining augmentation.)

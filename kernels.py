@@ -137,10 +137,9 @@ class FusedViT(ViT):
         x = torch.zeros_like(y).requires_grad_(y.requires_grad)
         seed = torch.randint(-2**31, 2**31, (), dtype=torch.int32, device=y.device)
         x, y, seed = self.blocks((x, y, seed))
-        x, y = x[:, 0], y[:, 0]                                                # [B, D] token 0
         if self.training and self.drop.rate:
             y = dropout(y, self.drop.rate, seed + GOLDEN_RATIO)
-        return self.head(self.pre_logits(self.norm(x + y)))                    # [B, num_classes]
+        return self.output(x + y)                                              # [B, num_classes]
 
 
 KEPT.add(torch.ops.aten._scaled_mm.default)  # selective recomputation keeps fp8's products too

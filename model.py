@@ -9,9 +9,9 @@ opens there: cls_token, pos_embed, patch_embed.proj, blocks.N.{norm1, attn.qkv, 
 mlp.fc1, mlp.fc2}, norm, head; the pretraining head of NeMo and the paper (linear, tanh, linear) has
 its hidden layer in pre_logits.fc. With 8 class tokens, as in NeMo, cls_token is [1, 8, D].
 
-Letters: B images, S tokens = class tokens + patches, D hidden size, F width of the MLP, nh heads of
-hd = D / nh, C channels, p patch side, t tensor-parallel size. With t > 1 a rank holds b images in
-the residual stream, and between the two layers of a block half t*b images and 1/t of the features
+Letters: B images, S tokens = class tokens + N patches of side p, C channels, D hidden size, F width
+of the MLP, nh heads of hd = D / nh, t tensor-parallel size. With t > 1 a rank holds b images in the
+residual stream, and between the two layers of a block half t*b images and 1/t of the features
 (parallel.py says why). With t = 1 this is a plain ViT, which builds with no process group.
 
 Checked against timm, torchvision and transformers: same weights, same logits (test_weights.py).
@@ -64,8 +64,8 @@ class Attention(nn.Module):
     def attend(self, qkv):                                                     # [t*b, S, 3D/t]
         return self.answer(*qkv.chunk(3, -1))                                  # [t*b, S, D/t]
 
-    def answer(self, *qkv):                                                    # [t*b, S, D/t] each
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in qkv)
+    def answer(self, q, k, v):                                                 # [t*b, S, D/t] each
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         rate = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)            # [t*b,nh/t,S,hd]
         return y.transpose(1, 2).flatten(2)                                    # [t*b, S, D/t]
@@ -192,14 +192,16 @@ class ViT(nn.Module):
 
     def forward(self, images):
         x = self.drop(self.embed(images))                                      # [B, S, D]
-        x = self.blocks(x)                                                     # [B, 1, D]
-        x = self.norm(x[:, 0])                                                 # [B, D] token 0
-        return self.head(self.pre_logits(x))                                   # [B, num_classes]
+        return self.output(self.blocks(x))                                     # [B, num_classes]
 
     def embed(self, images):
         patches = self.patch_embed(images)                                     # [B, N, D]
         tokens = self.cls_token.expand(len(patches), -1, -1).to(patches.dtype)
         return torch.cat([tokens, patches], dim=1) + self.pos_embed            # [B, S, D]
+
+    def output(self, x):                                                       # [B, 1, D] token 0
+        x = self.norm(x[:, 0])                                                 # [B, D]
+        return self.head(self.pre_logits(x))                                   # [B, num_classes]
 
     @torch.no_grad()
     def init_weights(self, seed: int, loaded=()) -> None:
@@ -243,9 +245,9 @@ class ViT(nn.Module):
 
 
 # ----------------------------------------------------------------------------- recomputation
-# Selective recomputation keeps the results of these and recomputes the rest (norms, GELU, f). What
-# draws random numbers is kept too: an operation that is kept does not draw again, so whatever drew
-# after it would find the generator at another place.
+# Selective recomputation keeps the results of these and recomputes the rest (norms, GELU, f). Kept
+# too is whatever draws random numbers: a kept operation does not run again, so it does not advance
+# the generator, and a draw recomputed after it would get other numbers.
 KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -267,7 +269,8 @@ def _selective_policy(context, op, *args, **kwargs):
 
 def recompute(model: ViT, what: str, method: str = "uniform", num_layers: int = 1,
               early_stop: bool = True) -> None:
-    """What backward recomputes instead of keeping (--activation-checkpointing): a pass.
+    """Makes backward recompute part of the blocks (--activation-checkpointing): changes the
+    finished model in place, after other classes are put in and before it is compiled.
 
         none       nothing
         selective  everything in a block but matrix products, attention and what g returns (KEPT)
@@ -275,7 +278,8 @@ def recompute(model: ViT, what: str, method: str = "uniform", num_layers: int = 
                    uniform: every run of num_layers blocks keeps only its input
                    block:   the first num_layers blocks keep only their inputs, each
 
-    Dropout is replayed exactly. early_stop: torch.utils.checkpoint's, see there.
+    Dropout is replayed exactly. early_stop: recompute only up to the last result that is needed;
+    False recomputes a block to its end, so that what it has begun to send also arrives.
     """
     if what == "selective":
         contexts = partial(create_selective_checkpoint_contexts, _selective_policy)

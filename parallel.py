@@ -18,8 +18,8 @@ ranks, and that of a tensor-parallel shard, which has seen the images of its who
 sum over the dp ranks only. The loss is a sum over images divided by the global batch, so every
 reduction here is a plain sum.
 
-Letters: b images of this rank's micro-batch, S tokens, D hidden size, F the wide dimension,
-t = tp size, N = size of the group that shares a bucket; `_local` and `/t` mark shards.
+Letters: b images of this rank (a replica's micro-batch is t*b), S tokens, D hidden size, F the wide
+dimension, t = tp size, N = size of the group that shares a bucket; `_local` and `/t` mark shards.
 """
 
 from collections.abc import Callable, Iterable
@@ -312,7 +312,7 @@ class Bucket:
         self.end = self.begin + self.numel // axis.size
         self.work = None                                        # the collective under way
         self.missing = len(self.params)                         # gradients still to come
-        self.first = self.last = True                           # micro-batch of a step
+        self.first = self.last = True   # whether this micro-batch is its step's first, or last
 
     def materialize(self, weight_dtype: torch.dtype, state_names: tuple[str, ...],
                     exchange) -> None:
@@ -459,7 +459,7 @@ class ShardedOptimizer:
         """Backward of one micro-batch; `last` starts the reduction of the summed gradients, and
         step() must come before the next backward."""
         for bucket in self.buckets:
-            bucket.first, bucket.last = bucket.last, last  # the first comes after a last one
+            bucket.first, bucket.last = bucket.last, last  # after a step's last one comes a first
         loss.backward()
 
     @torch.no_grad()

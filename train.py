@@ -72,7 +72,7 @@ def train_step(run: Run, model, optimizer, batches, lr: float) -> torch.Tensor:
         with run.autocast():
             logits = model(images).float()
         loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=data.IGNORE)
-        # A sum over the images of all ranks and micro-batches / the global batch.
+        # Divided here, so that plain sums over micro-batches and ranks give the mean's gradient.
         optimizer.backward(loss / run.config.global_batch_size, last=i == run.accumulation - 1)
         correct, count = logits.detach().argmax(1) == labels, labels != data.IGNORE
         sums += torch.stack([loss.detach(), correct.sum(), count.sum()])
@@ -108,7 +108,7 @@ def train(run: Run, model, optimizer, train_set, val_set) -> None:
         if due(config.save_interval, step, run):
             with meter.paused():
                 saved = save(run, optimizer, train_set, step)
-    with meter.paused():  # reads the last step
+    with meter.paused():  # the meter is one step behind: this reads the last one
         stopped = run.stop.agreed or meter.error is not None
         if stopped and saved != step_directory(run, step):
             saved = save(run, optimizer, train_set, step)
@@ -152,7 +152,7 @@ def finish(run: Run, meter: Meter, step: int, saved: Path | None, result: dict |
 # ----------------------------------------------------------------------------- set-up
 def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
     """sources: (training, validation) images in place of those of --data."""
-    with user_errors("train.py"):  # every check that can fail, fails here
+    with user_errors("train.py"):  # what a user can get wrong is found here, before any step
         config, vit, given = parse(TrainConfig, argv)
         world = int(os.environ.get("WORLD_SIZE", 1))
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
@@ -212,7 +212,7 @@ def choose_start(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid):
                              "directory of this program, or a file of another library")
         return config, vit, Start(resume, news=news)
     import weights
-    if resume:  # its facts are the checkpoint's: the file may be gone
+    if resume:  # the checkpoint has these facts too, and the file may be gone
         config, vit, _ = weights.adopt(weights.read_weights(resume), config, vit, given)
         news += [f"--init-from {config.init_from} is not read again: the checkpoint goes on"]
         return config, vit, Start(resume, news=news)
