@@ -1150,9 +1150,10 @@ GOLDEN = {
 
 @pytest.mark.parametrize("source", GOLDEN)
 def test_losses_of_20_steps_are_the_golden_ones_in_every_layout(source, tmp_path):
-    """(tp, dp) in (1,1) (1,2) (1,4) (2,1) (2,2) (4,1), accumulation 1 and 4, through train.py from
-    the images on: within 1e-5 relative of one committed list. Sums in another order differ by 1e-7
-    a step; 20 Adam steps let that grow by some tens."""
+    """(tp, dp) in (1,1) (1,2) (1,4) (2,1) (2,2) (4,1), accumulation 1 and 4 (with tp 2, and of the
+    digits one of the two: gloo takes ten milliseconds a collective), through train.py from the
+    images on: within 1e-5 relative of one committed list. Sums in another order differ by 1e-7 a
+    step; 20 Adam steps let that grow by some tens."""
     images = "shapes"
     if source == "digits":
         pytest.importorskip("sklearn")
@@ -1161,8 +1162,9 @@ def test_losses_of_20_steps_are_the_golden_ones_in_every_layout(source, tmp_path
         for i, path in enumerate(sorted(images.glob("val/*/*"))):
             if i % 8:  # evaluation has its own test
                 path.unlink()
-    for tp, dp in LAYOUTS:
-        for accumulation in (1, 4):
+    for i, (tp, dp) in enumerate(LAYOUTS):
+        accumulations = (1, 4 if tp == 1 else 2)
+        for accumulation in accumulations if source == "shapes" else accumulations[i % 2:][:1]:
             output = tmp_path / f"{tp}_{dp}_{accumulation}"
             lines, _, _ = run_training(
                 output, "--data", images, "--tensor-parallel-size", tp, "--micro-batch-size",
@@ -1402,9 +1404,9 @@ def _stopped_training(argv, signal_number, at_step):
 
 
 def test_a_run_resumes_at_any_layout(tmp_path):
-    """10 steps at one layout, the next 20 at another: losses within 1e-5 of one process's 30 steps,
+    """10 steps at one layout, the next 10 at another: losses within 1e-5 of one process's 20 steps,
     so the same images from the same weights and moments."""
-    flags = ["--max-steps", "30", "--save-interval", "10"]
+    flags = ["--save-interval", "10"]
     whole = losses(run_training(tmp_path / "whole", *flags)[0])
     for first, second in [((2, 2), (1, 1)), ((1, 1), (4, 1)), ((4, 1), (1, 2))]:
         output, layout = tmp_path / str(first), ["--tensor-parallel-size", str(first[0])]
