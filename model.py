@@ -208,27 +208,23 @@ class ViT(nn.Module):
         """Every full parameter is drawn from (seed, its name), then cut for tp: the same model for
         every layout. Those that are to be `loaded` are left empty.
 
-        Weights normal, std 0.02; those that write into the residual stream 0.02 / sqrt(2 layers);
-        biases and class tokens zero; a linear head zero, the pretraining head's bias -10. That is
-        NeMo's, but for its patch embedding and both layers of its pretraining head, which stay at
-        nn.Linear's default there; the head's zero and -10 are big_vision's too.
+        Weights normal, std 0.02, as in timm; what reads pixels or feeds a tanh keeps its input's
+        size, std 1 / sqrt(fan in) (patch embedding, pre_logits); biases and class tokens zero, and
+        the head beside loaded weights (ViT paper). NeMo scales what writes into the residual stream
+        by 1 / sqrt(2 layers), and starts the logits at -10, which softmax does not see but bf16
+        does. Compared on digits and photographs: RESULTS.md, "Initial weights".
         """
-        residual_std = 0.02 / (2 * self.config.num_layers) ** 0.5
         for name, param in self.named_parameters():
             if name in loaded:
                 continue
             generator = torch.Generator().manual_seed(stable_seed(seed, name))
             full = torch.empty(full_shape(param, self.grid.tp), device="cpu")
-            if name.startswith("head.") and self.config.head == "linear":
-                full.zero_()
-            elif name == "head.bias":
-                full.fill_(-10.0)
-            elif "norm" in name and name.endswith("weight"):
+            if "norm" in name and name.endswith("weight"):
                 full.fill_(1.0)
-            elif name.endswith("bias") or name == "cls_token":
+            elif name.endswith("bias") or name == "cls_token" or loaded and name == "head.weight":
                 full.zero_()
-            elif name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
-                full.normal_(0.0, residual_std, generator=generator)
+            elif name in ("patch_embed.proj.weight", "pre_logits.fc.weight"):
+                full.normal_(0.0, full[0].numel() ** -0.5, generator=generator)
             else:
                 full.normal_(0.0, 0.02, generator=generator)
             param.copy_(shard(full, param, self.grid.tp))

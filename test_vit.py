@@ -451,18 +451,20 @@ def test_logits_are_the_papers_formula(head, gelu, eps):
         assert (logits - other).abs().max() > 1e-5
 
 
-def test_initialisation_is_nemos():
-    """Std 0.02, residual outputs 0.02 / sqrt(2L), tokens zero, head bias -10 or a zero head."""
-    model = ViT(replace(MODELS["S16"], num_layers=8))
-    for name, std in [("blocks.3.attn.qkv.weight", 0.02), ("blocks.3.mlp.fc2.weight", 0.005),
-                      ("blocks.3.attn.proj.weight", 0.005), ("blocks.3.mlp.fc1.weight", 0.02),
-                      ("patch_embed.proj.weight", 0.02), ("pos_embed", 0.02),
-                      ("pre_logits.fc.weight", 0.02), ("head.weight", 0.02)]:
+def test_initial_weights_are_as_the_docstring_says():
+    """Std 0.02; 1 / sqrt(fan in) of patch embedding and pre_logits; biases and tokens zero; and a
+    zero head, if the rest is loaded. Std within 2 %: of 150,000 draws or more it strays 0.2 %."""
+    model = ViT(replace(MODELS["S16"], num_layers=2))
+    for name, std in [("blocks.1.attn.qkv.weight", 0.02), ("blocks.1.mlp.fc2.weight", 0.02),
+                      ("blocks.1.attn.proj.weight", 0.02), ("blocks.1.mlp.fc1.weight", 0.02),
+                      ("patch_embed.proj.weight", 768 ** -0.5), ("pos_embed", 0.02),
+                      ("pre_logits.fc.weight", 384 ** -0.5), ("head.weight", 0.02)]:
         assert abs(model.get_parameter(name).std().item() / std - 1) < 0.02, name
-    assert not model.cls_token.any() and (model.head.bias == -10).all()
-    assert not model.blocks[0].mlp.fc1.bias.any() and (model.norm.weight == 1).all()
-    linear = ViT(replace(TINY, head="linear"))
-    assert not linear.head.weight.any() and not linear.head.bias.any()
+    for name, param in model.named_parameters():
+        assert name.endswith("bias") == (not param.any()) or name == "cls_token"
+    assert not model.cls_token.any() and (model.norm.weight == 1).all()
+    model.init_weights(0, loaded=("blocks.0.norm1.weight",))
+    assert not model.head.weight.any() and model.patch_embed.proj.weight.any()
 
 
 def test_each_weight_is_drawn_from_the_seed_and_its_name():
@@ -1138,13 +1140,13 @@ def test_too_little_room_is_an_error_before_the_first_step(tmp_path):
 # digits: `python data.py digits DIR --size 16`; scikit-learn, which they need, is no requirement.
 GOLDEN = {
     "shapes": [
-        2.771491, 2.769255, 2.776458, 2.770068, 2.775746, 2.764609, 2.755161, 2.759913,
-        2.738881, 2.728291, 2.726834, 2.712624, 2.703627, 2.694627, 2.695795, 2.680291,
-        2.679662, 2.677909, 2.678916, 2.675905],
+        2.769664, 2.758901, 2.787359, 2.744415, 2.774251, 2.738333, 2.707668, 2.689075,
+        2.678765, 2.662895, 2.636318, 2.614919, 2.595799, 2.595961, 2.615309, 2.560017,
+        2.562307, 2.57109, 2.569173, 2.550392],
     "digits": [
-        2.30284, 2.29945, 2.297354, 2.301612, 2.301013, 2.28969, 2.311908, 2.306055,
-        2.292697, 2.28412, 2.307289, 2.28227, 2.272277, 2.273264, 2.247442, 2.258847,
-        2.268735, 2.260976, 2.274985, 2.231526],
+        2.313469, 2.300795, 2.286813, 2.303957, 2.296972, 2.256001, 2.325212, 2.284566,
+        2.258855, 2.209182, 2.253767, 2.233234, 2.203547, 2.196451, 2.130801, 2.154718,
+        2.204424, 2.193424, 2.21287, 2.1242],
 }
 
 
