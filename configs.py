@@ -247,6 +247,7 @@ class TrainConfig(Step, Loader):
     save_interval: int = flag(1000, "steps between checkpoints; 0: only at the end", NOT_NEGATIVE)
     keep_last: int = flag(3, "newest checkpoints kept; 0: all", NOT_NEGATIVE)
     tensorboard: bool = flag(False, "also write TensorBoard scalars (needs tensorboard)")
+    report: bool = flag(False, "at the end write OUTPUT_DIR/report.html, as report.py does")
     resume: str = flag("auto", "auto: newest complete checkpoint of --output-dir; none; or a path")
     init_from: str | None = flag(
         None, "start from these weights: a checkpoint or output directory of this program, or a "
@@ -299,13 +300,17 @@ class EvalConfig(Untold, Compute, Loader):
 
     checkpoint: str | None = flag(None, "weights: an output directory or checkpoint of this "
                                   "program, or a file that --init-from takes")
-    data: str | None = flag(None, "score DATA/val/CLASS/*, or 'shapes'")
+    data: str | None = flag(None, "score DATA/val/CLASS/*, or DATA/CLASS/*, or 'shapes'; a CLASS "
+                            "may be a number of the model's, as in ImageNet-V2")
     val_labels: str | None = flag(
         None, "file with the classes of images that lie flat in DATA/val: lines of 'NAME CLASS', "
         "or ImageNet's LOC_val_solution.csv", data=FOLDER)
-    predict: str | None = flag(None, "classify every image below this folder: predictions.csv and "
-                               ".png in --output-dir")
-    output_dir: str = flag("output", "where the predictions go", predict=GIVEN)
+    real_labels: str | None = flag(
+        None, "ReaL's real.json: also score ImageNet's validation images against its lists of "
+        "labels (arXiv:2006.07159)", data=FOLDER)
+    predict: str | None = flag(None, "classify this image, or every image below this folder: "
+                               "predictions.csv and .png in --output-dir")
+    output_dir: str = flag("output", "where predictions, or the scores of each class, go")
     precision: Literal["fp32", "bf16", "bf16-O2"] | None = flag(
         None, "default: the run's own; fp32 for files of other libraries")
 
@@ -316,6 +321,21 @@ class EvalConfig(Untold, Compute, Loader):
                              "file of weights")
         if (self.data is None) == (self.predict is None):
             raise ValueError("give --data DIR to score DIR/val, or --predict FOLDER; one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Loader):
+    """report.py: what a run learned, as one page: report.html in the first OUTPUT."""
+
+    output: list[str] = field(metadata={"help": "output directories of train.py", "must": None})
+    data: str | None = flag(None, "score DATA/val/CLASS/*, or 'shapes' (default: each run's own "
+                            "data); none: the curves and the weights only")
+    val_labels: str | None = flag(None, "as train.py's (default: each run's own)", data=FOLDER)
+    micro_batch_size: int | None = flag(None, "images of one forward pass (default: evaluate.py's)",
+                                        POSITIVE)
+
+    def __post_init__(self):
+        check(self)
 
 
 @dataclass(frozen=True, kw_only=True)

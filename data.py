@@ -26,8 +26,10 @@ workers draw them with the view's generator, and the device applies them in `aug
 import argparse
 import contextlib
 import functools
+import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -116,7 +118,7 @@ def scan_folder(root, split: str) -> ImageFolder:
     Raises ValueError, with the layout that is expected, for a missing folder, images outside the
     class folders, no class folder, and class folders without an image.
     """
-    folder = os.path.join(root, split)
+    folder = os.path.normpath(os.path.join(root, split))
     expected = f"expected {os.path.join(folder, 'CLASS', 'image.jpg')}"
     for path in (root, folder):
         if not os.path.isdir(path):
@@ -147,13 +149,17 @@ def scan_folder(root, split: str) -> ImageFolder:
 
 def scan_flat(root, split: str, label_of: dict[str, str] | None = None,
               classes: list[str] | None = None) -> ImageFolder:
-    """Lists the images of ROOT/SPLIT/**, paths sorted, as `read_labels` classes them.
+    """Lists the images of ROOT/SPLIT/**, paths sorted, as `read_labels` classes them. ROOT/SPLIT
+    may also be one image.
 
     Without label_of every label is 0. Without classes they are those of label_of, numbers in the
     order of their values. Raises ValueError for a missing or empty folder, and where images, labels
     and classes do not agree.
     """
     folder = os.path.normpath(os.path.join(root, split))
+    if os.path.isfile(folder):
+        root, name = os.path.split(folder)
+        return ImageFolder(root, "", [""], os.fsencode(name), [len(os.fsencode(name))], [0])
     if not os.path.isdir(folder):
         raise ValueError(f"no folder {folder}")
     paths = sorted(_image_paths(folder))
@@ -193,6 +199,27 @@ def read_labels(path) -> dict[str, str]:
             raise ValueError(f"--val-labels {path}: {line!r} is not of the form 'NAME CLASS'")
         labels[_stem(name)] = words[0]
     return labels
+
+
+def read_real_labels(path, source) -> list[list[int]]:
+    """For each image of `source` the classes, in ImageNet's order, that ReaL's annotators see in
+    it, or none (arXiv:2006.07159). path: real.json, a list of such lists; ILSVRC2012_val_* of
+    number n has the list n - 1. Raises ValueError for another file, and images of other names."""
+    try:
+        with open(path) as file:
+            lists = json.load(file)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"--real-labels {path} cannot be read: {e}") from e
+    if not isinstance(lists, list) or not all(isinstance(labels, list) for labels in lists):
+        raise ValueError(f"--real-labels {path} is not a list of lists of classes")
+    found = []
+    for name in map(source.name, range(len(source))):
+        number = re.search(r"ILSVRC2012_val_(\d{8})\.", name)
+        if not number or not 1 <= int(number[1]) <= len(lists):
+            raise ValueError(f"--real-labels: {name} is none of the images ILSVRC2012_val_00000001 "
+                             f"to {len(lists):08d} that {path} labels")
+        found.append(lists[int(number[1]) - 1])
+    return found
 
 
 def _is_image(name: str) -> bool:
@@ -284,18 +311,25 @@ def open_data(data: str, image_hw: tuple[int, int], val_labels: str | None = Non
 
 def open_val(data: str, image_hw: tuple[int, int], val_labels: str | None = None,
              classes: list[str] | None = None):
-    """The validation source of --data, numbered as in `classes` (a model's: the shapes' are not
-    sorted) if those are its classes; with val_labels its images lie flat, and are of `classes`.
-    Raises ValueError where `scan_folder`, `scan_flat` or `read_labels` does."""
+    """The validation source of --data: DATA/val/CLASS/*.
+
+    classes: a model's, in its order (the shapes' are not sorted). Folders of these names, or named
+    by their numbers 0, 1, ... as ImageNet-V2's, get its labels, others stay sorted; and without a
+    folder DATA/val the classes may lie in DATA itself. With val_labels images lie flat in DATA/val,
+    and are of `classes`. Raises ValueError where `scan_folder`, `scan_flat` or `read_labels` does.
+    """
     if data == "shapes":
         return Shapes(image_hw, "val")
     if val_labels is not None:
         return scan_flat(data, "val", read_labels(val_labels), classes)
-    source = scan_folder(data, "val")
-    if classes and set(classes) == set(source.classes):
-        number = {name: i for i, name in enumerate(classes)}
-        numbers = np.array([number[name] for name in source.classes], np.int32)
-        source.classes, source.labels = classes, numbers[source.labels]
+    bare = classes and not os.path.isdir(os.path.join(data, "val"))
+    source = scan_folder(data, "" if bare else "val")
+    for names in (classes, list(map(str, range(len(classes))))) if classes else ():
+        if set(names) == set(source.classes):
+            number = {name: i for i, name in enumerate(names)}
+            numbers = np.array([number[name] for name in source.classes], np.int32)
+            source.classes, source.labels = classes, numbers[source.labels]
+            break
     return source
 
 

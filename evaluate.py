@@ -1,11 +1,14 @@
 """Score a model on images whose classes are known, or predict those of any images.
 
-    python evaluate.py --checkpoint output --data DIR               # top-1, top-5, loss of DIR/val
-    python evaluate.py --checkpoint output --predict FOLDER         # predictions.csv and .png
+    python evaluate.py --checkpoint output --data DIR           # top-1, top-5, loss; classes.csv
+    python evaluate.py --checkpoint output --predict FOLDER     # predictions.csv and .png
+    python evaluate.py --checkpoint output --predict IMAGE
     torchrun --standalone --nproc_per_node 8 evaluate.py --checkpoint output --data DIR
 
 The checkpoint may be an output directory or checkpoint of train.py, or a file of weights of another
-library (weights.py). Any number of processes counts each image exactly once.
+library (weights.py). One pass over the images makes one table, of which all else is arithmetic; any
+number of processes counts each image exactly once. On ImageNet's validation images --real-labels
+scores ReaL's labels too; --data takes ImageNet-V2's folders as they are.
 """
 
 import csv
@@ -13,10 +16,13 @@ import dataclasses
 import io
 import math
 import os
+import random
 import re
 import sys
 import unicodedata
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 import data
 from checkpoint import check_writable, write_atomically
 from configs import EvalConfig, parse
-from parallel import all_gather_object, on_rank_0
+from parallel import Grid, on_rank_0
 from plan import check_layout, largest_micro_batch
 from runtime import (
     Run,
@@ -39,111 +45,153 @@ from runtime import (
 )
 
 
-# ----------------------------------------------------------------------------- scores
+# ----------------------------------------------------------------------------- one pass
+class Predictions(NamedTuple):
+    """What a model says of n images, on the CPU. The row of an unreadable one has label -100 and
+    is zero elsewhere; without classes, as of --predict, labels and losses mean nothing."""
+    labels: torch.Tensor         # int64 [n]
+    losses: torch.Tensor         # float64 [n], -log of the label's probability
+    probabilities: torch.Tensor  # float64 [n, k] of the k best classes, the best first
+    classes: torch.Tensor        # int64 [n, k]
+
+    @property
+    def right(self) -> torch.Tensor:
+        """bool [n, k]: where the label is; never more than once in a row."""
+        return self.classes == self.labels[:, None]
+
+
 @torch.no_grad()
-def evaluate(run: Run, model, loader) -> dict | None:
-    """Scores every image of `loader` exactly once, for any number of ranks, batch or workers; the
+def predict(run: Run, model, loader, count: int) -> Predictions | None:
+    """The table of the `count` images of `loader`, the five best classes each; None if stopped. The
     model is left in the mode it was in.
 
-    Padding and unreadable images carry label -100; sums, not means, are reduced. Returns val_loss,
-    val_top1, val_top5 (shares), val_count (images scored) and val_unreadable (the indices of the
-    others); None if stopped.
+    Each rank fills the rows of its own images, on the device, and the sum over ranks is the table:
+    the same for any number of ranks, batch or workers.
     """
-    training, bad = model.training, set()
+    training, k = model.training, min(5, run.vit.num_classes)
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=run.device)  # loss, top-1, top-5, count
+    table = torch.zeros(count + 1, 2 + 2 * k, dtype=torch.float64, device=run.device)
     for images, labels, indices in loader:
         if run.stop.poll():
             break
-        bad |= data.unreadable_in(labels, indices)
         images, labels = run.prepare(images, labels)
         with run.autocast():
             logits = model(images).float()
-        top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=data.IGNORE)
-        sums += torch.stack([loss, top5[:, 0].sum(), top5.any(1).sum(), (labels >= 0).sum()])
+        best = logits.topk(k).indices
+        known = torch.cat([logits.softmax(1).gather(1, best), best], 1).double()
+        known = known.where((labels >= 0)[:, None], 0)
+        loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=data.IGNORE)
+        # padding has index -1: the last row, which is cut off
+        table[indices.to(run.device)] = torch.cat([torch.stack([labels, loss], 1), known], 1)
     model.train(training)
     if run.stop.agreed:
         return None
     if run.grid.world.size > 1:
-        dist.all_reduce(sums)
-    loss, top1, top5, count = sums.tolist()
-    share = 1 / max(count, 1)
-    bad = set().union(*all_gather_object(bad, run.grid.world))
-    return dict(val_loss=loss * share, val_top1=top1 * share, val_top5=top5 * share,
-                val_count=int(count), val_unreadable=sorted(bad))
+        dist.all_reduce(table)
+    table = table[:-1].cpu()
+    return Predictions(table[:, 0].long(), table[:, 1], table[:, 2:2 + k], table[:, 2 + k:].long())
 
 
+# ----------------------------------------------------------------------------- scores
 def score(run: Run, model, loader, source, step: int | None = None) -> dict | None:
-    """evaluate's result, printed, with unreadable images by name and their number alone; also in
-    metrics.jsonl if it is of a training step. None if stopped."""
-    result = evaluate(run, model, loader)
-    if result is None:
-        return None
-    bad, count = result["val_unreadable"], result["val_count"]
+    """The scores of one pass, told; None if stopped."""
+    table = predict(run, model, loader, len(source))
+    return None if table is None else tell(run, table, source, step)
+
+
+def tell(run: Run, table: Predictions, source, step: int | None = None) -> dict:
+    """val_loss, val_top1, val_top5 (shares), val_count (images scored) and val_unreadable (images),
+    printed, with the unreadable ones by name; also in metrics.jsonl if of a training step."""
+    seen = table.labels >= 0
+    count, bad = int(seen.sum()), (~seen).nonzero()[:, 0].tolist()
+    loss, top1, top5 = (x.sum().item() / max(count, 1) for x in (
+        table.losses, table.right[:, 0], table.right))
     for index in bad:
         run.log.print(f"unreadable image, skipped: {source.name(index)}")
     run.log.print((f"step {step}: " if step is not None else "")
-                  + f"validation top-1 {100 * result['val_top1']:.2f} %, top-5 "
-                  f"{100 * result['val_top5']:.2f} %, loss {result['val_loss']:.4f} on {count:,} "
-                  f"images" + (f" ({len(bad)} unreadable)" if bad else ""))
-    result = {**result, "val_unreadable": len(bad)}
+                  + f"validation top-1 {100 * top1:.2f} %, top-5 {100 * top5:.2f} %, loss "
+                  f"{loss:.4f} on {count:,} images" + (f" ({len(bad)} unreadable)" if bad else ""))
+    result = dict(val_loss=loss, val_top1=top1, val_top5=top5, val_count=count,
+                  val_unreadable=len(bad))
     if step is not None:
         run.log.metrics({"step": step, **result})
     return result
 
 
+def confusions(table: Predictions) -> Counter:
+    """{(class, predicted class): images} of all mistakes."""
+    wrong = (table.labels >= 0) & ~table.right[:, 0]
+    return Counter(zip(table.labels[wrong].tolist(), table.classes[wrong, 0].tolist()))
+
+
+CLASS_SCORES = ("class", "images", "top1", "top5", "taken_for", "times")
+
+
+def class_scores(table: Predictions, names: list[str]) -> list[tuple]:
+    """A row CLASS_SCORES for each class: top-1 and top-5 as shares of its images (nan without any),
+    and the class that most of its mistakes were taken for."""
+    most = {}
+    for (label, other), times in confusions(table).most_common():
+        most.setdefault(label, (names[other], times))
+    images, top1, top5 = (
+        torch.bincount(table.labels[chosen], minlength=len(names)).tolist()
+        for chosen in (table.labels >= 0, table.right[:, 0], table.right.any(1)))
+    return [(name, n, top1[i] / n if n else math.nan, top5[i] / n if n else math.nan,
+             *most.get(i, ("", 0))) for i, (name, n) in enumerate(zip(names, images, strict=True))]
+
+
+def tell_classes(run: Run, table: Predictions, names: list[str], out: Path, most: int = 10) -> None:
+    """classes.csv, a row for each class; prints the `most` with the lowest top-1."""
+    rows = class_scores(table, names)
+    write_csv(out / "classes.csv", [CLASS_SCORES, *rows])
+    worst = sorted((row for row in rows if row[1]), key=lambda row: row[2])[:most]
+    run.log.print(f"{len(rows):,} classes: {out / 'classes.csv'}; those with the lowest top-1:")
+    for name, images, top1, top5, taken_for, times in worst:
+        run.log.print(f"  {name}: top-1 {100 * top1:.2f} %, top-5 {100 * top5:.2f} % of {images:,} "
+                      f"images" + (f"; {times:,} taken for {taken_for}" if times else ""))
+
+
+def write_csv(path: Path, rows: list) -> None:
+    """Whole or not at all; shares get four digits, and names that are no UTF-8 keep their bytes."""
+    text = io.StringIO()
+    csv.writer(text).writerows([f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row]
+                               for row in rows)
+    content = text.getvalue().encode("utf-8", "surrogateescape")
+    write_atomically(path, lambda file: file.write(content))
+
+
 # ----------------------------------------------------------------------------- predictions
-@torch.no_grad()
-def predict(run: Run, model, loader, count: int, k: int) -> tuple[list, list] | None:
-    """The k best of each of `count` images: probabilities [count, k], classes [count, k].
-
-    Each rank fills the rows of its images, and the sum over ranks is the table; the row of an
-    unreadable image stays zero. None if stopped.
-    """
-    model.eval()
-    probabilities, classes = torch.zeros(count, k), torch.zeros(count, k, dtype=torch.long)
-    for images, labels, indices in loader:
-        if run.stop.poll():
-            return None
-        seen = labels >= 0
-        with run.autocast():
-            best = model(run.prepare(images, labels)[0]).float().softmax(1).topk(k)
-        probabilities[indices[seen]] = best.values.cpu()[seen]
-        classes[indices[seen]] = best.indices.cpu()[seen]
-    if run.grid.world.size > 1:
-        dist.all_reduce(probabilities)  # on the CPU: through gloo
-        dist.all_reduce(classes)
-    return probabilities.tolist(), classes.tolist()
+def sample(table: Predictions, most: int) -> list[int]:
+    """At most `most` readable images: drawn, the same each time, class by predicted class in turn,
+    so that each class that is there is shown if `most` allows; in the order of these classes."""
+    readable = (table.probabilities[:, 0] > 0).nonzero()[:, 0].tolist()
+    turns, found = Counter(), []
+    for index in random.Random(0).sample(readable, len(readable)):
+        label = int(table.classes[index, 0])
+        turns[label] += 1
+        found.append((turns[label], label, index))
+    found = sorted(found, key=lambda x: x[0])[:most]  # stable: by chance within a turn
+    return [index for *_, index in sorted(found, key=lambda x: x[1:])]
 
 
-def write_predictions(run: Run, best: tuple[list, list], source, names: list[str],
-                      out: Path) -> None:
-    """predictions.csv, a row for each image, and predictions.png, a contact sheet of SHEET of them,
-    evenly spaced: files are sorted, and the first ones would be of one folder."""
-    k, text, shown = len(best[0][0]), io.StringIO(), []
-    readable = [index for index, p in enumerate(best[0]) if p[0]]
-    step = max(len(readable) / SHEET, 1)
-    on_sheet = {readable[int(i * step)] for i in range(min(len(readable), SHEET))}
-    table = csv.writer(text)
-    table.writerow(["path"] + [f"{column}_{i + 1}" for i in range(k)
-                               for column in ("class", "probability")])
-    for index, (probabilities, labels) in enumerate(zip(*best, strict=True)):
-        cells = [(names[label], f"{p:.4f}") for p, label in zip(probabilities, labels, strict=True)]
-        if not probabilities[0]:  # unreadable: a row without predictions
+def write_predictions(run: Run, table: Predictions, source, names: list[str], out: Path) -> None:
+    """predictions.csv, a row for each image, and predictions.png, a contact sheet of a `sample`."""
+    rows, shown = [], []
+    for index, (best, labels) in enumerate(zip(*map(torch.Tensor.tolist, table[2:]), strict=True)):
+        pairs = zip((names[label] for label in labels), best)
+        if not best[0]:  # unreadable: a row without predictions
             run.log.print(f"unreadable image: {source.name(index)}")
-            cells = []
-        elif index in on_sheet:
-            note = f"{100 * probabilities[0]:.1f} %  {Path(source.name(index)).name}"
-            shown.append((source.load(index)[0], names[labels[0]], note))
-        table.writerow([source.name(index), *(cell for pair in cells for cell in pair)])
-    # names that are no UTF-8 keep their bytes
-    csv_bytes = text.getvalue().encode("utf-8", "surrogateescape")
-    write_atomically(out / "predictions.csv", lambda file: file.write(csv_bytes))
+        rows.append([source.name(index), *(cell for pair in pairs for cell in pair if best[0])])
+    head = [f"{column}_{i + 1}" for i in range(table.classes.shape[1])
+            for column in ("class", "probability")]
+    write_csv(out / "predictions.csv", [["path", *head], *rows])
+    for index in sample(table, SHEET):
+        note = f"{100 * rows[index][2]:.1f} %  {Path(source.name(index)).name}"
+        shown.append((source.load(index)[0], rows[index][1], note))
     if shown:
         sheet = contact_sheet(shown)
         write_atomically(out / "predictions.png", lambda file: sheet.save(file, "PNG"))
-    run.log.print(f"{len(source):,} images, {sum(not p[0] for p in best[0]):,} unreadable: "
+    run.log.print(f"{len(rows):,} images, {sum(len(row) == 1 for row in rows):,} unreadable: "
                   f"{out / 'predictions.csv'}" + (f", {out / 'predictions.png'}" if shown else ""))
 
 
@@ -184,31 +232,52 @@ def contact_sheet(images: list[tuple[Image.Image, str, str]]) -> Image.Image:
 # ----------------------------------------------------------------------------- the command
 def main(argv: list[str] | None = None) -> None:
     with user_errors("evaluate.py"):
-        import weights
         config, given = parse(EvalConfig, argv)
-        source = weights.read_weights(config.checkpoint, config.init_image_size)
-        told = ("num_attention_heads", "layernorm_eps", "gelu_approximate", "image_size", "mean",
-                "std", "crop_ratio", "precision")
-        vit, facts = weights.whole_model(source, config.checkpoint,
-                                         **{name: getattr(config, name) for name in told})
-        if "num_workers" not in given:  # one to a core, else torch warns
-            cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            config = dataclasses.replace(config, num_workers=min(config.num_workers, max(cores, 1)))
-        config = dataclasses.replace(config, **{name: facts[name] for name in (
-            "mean", "std", "crop_ratio", "precision")})
-        check_layout(config, vit, int(os.environ.get("WORLD_SIZE", 1)),
-                     "cuda" if torch.cuda.is_available() else "cpu")
         grid, device = start_processes(config)
-        name, tp = weights.model_name(facts), config.tensor_parallel_size
-        micro = config.micro_batch_size or largest_micro_batch(name, tp, device.type == "cuda")
-        run = Run(config, vit, grid, device, micro_batch=micro)
-        images = on_rank_0(grid, lambda: open_images(config, vit, facts.get("classes")))
-        fitted, report = weights.fit_weights(source, vit)
-        model, kernels = build_model(run)
-        weights.load_weights(model, fitted)
-        model.to(torch.bfloat16 if config.o2 else torch.float32)
-        loader = data.eval_loader(images, config, vit.image_hw, run.local_batch, grid.world.rank,
-                                  grid.world.size, device)
+        run, model, images, loader, names = open_model(config, given, grid, device)
+        real = config.real_labels and data.read_real_labels(config.real_labels, images)
+    table = predict(run, model, run.log.progress(loader), len(images))
+    if table is None:
+        sys.exit(f"stopped by {run.stop.name or 'a signal'}: nothing was written")
+    out = Path(config.output_dir)
+    if config.predict and grid.world.rank == 0:
+        write_predictions(run, table, images, names, out)
+    elif grid.world.rank == 0:
+        tell(run, table, images)
+        tell_classes(run, table, names, out)
+        if real:
+            hits = [best in labels for (best, *_), labels, label in zip(
+                table.classes.tolist(), real, table.labels) if labels and label >= 0]
+            run.log.print(f"ReaL top-1 {100 * sum(hits) / max(len(hits), 1):.2f} % on "
+                          f"{len(hits):,} images")
+    end_processes()
+
+
+def open_model(config: EvalConfig, given: dict, grid: Grid, device: torch.device) -> tuple:
+    """(run, model, images, their loader, the names of its classes) of --checkpoint and --data or
+    --predict. Raises ValueError for what cannot be used."""
+    import weights
+    source = weights.read_weights(config.checkpoint, config.init_image_size)
+    told = ("num_attention_heads", "layernorm_eps", "gelu_approximate", "image_size", "mean",
+            "std", "crop_ratio", "precision")
+    vit, facts = weights.whole_model(source, config.checkpoint,
+                                     **{name: getattr(config, name) for name in told})
+    if "num_workers" not in given:  # one to a core, else torch warns
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        config = dataclasses.replace(config, num_workers=min(config.num_workers, max(cores, 1)))
+    config = dataclasses.replace(config, **{name: facts[name] for name in (
+        "mean", "std", "crop_ratio", "precision")})
+    check_layout(config, vit, grid.world.size, device.type)
+    name, tp = weights.model_name(facts), config.tensor_parallel_size
+    micro = config.micro_batch_size or largest_micro_batch(name, tp, device.type == "cuda")
+    run = Run(config, vit, grid, device, micro_batch=micro)
+    images = on_rank_0(grid, lambda: open_images(config, vit, facts["classes"]))
+    fitted, report = weights.fit_weights(source, vit)
+    model, kernels = build_model(run)
+    weights.load_weights(model, fitted)
+    model.to(torch.bfloat16 if config.o2 else torch.float32)
+    loader = data.eval_loader(images, config, vit.image_hw, run.local_batch, grid.world.rank,
+                              grid.world.size, device)
     run.log.print(f"model {name or 'of its own shape'} of {config.checkpoint} ({source.format}): "
                   f"{vit.num_params / 1e6:,.2f} M parameters, {vit.num_classes} classes; "
                   f"{'; '.join(report)}")
@@ -216,32 +285,25 @@ def main(argv: list[str] | None = None) -> None:
                   f" mean {config.mean}, std {config.std}")
     run.log.print(f"batch {micro} x dp {grid.dp.size}; tp {tp}, {grid.world.size} x "
                   f"{device_name(device)}, precision {config.precision}, {kernels}")
-    if config.predict:
-        best = predict(run, model, run.log.progress(loader), len(images), min(5, vit.num_classes))
-        if best is None:
-            sys.exit(f"stopped by {run.stop.name or 'a signal'}: nothing was written")
-        if grid.world.rank == 0:
-            names = class_names(facts.get("classes"), vit.num_classes)
-            write_predictions(run, best, images, names, Path(config.output_dir))
-    elif score(run, model, run.log.progress(loader), images) is None:
-        sys.exit(f"stopped by {run.stop.name or 'a signal'}: not every image was scored")
-    end_processes()
+    return run, model, images, loader, class_names(facts["classes"], vit.num_classes)
 
 
-def open_images(config: EvalConfig, vit, classes: tuple[str, ...] | None):
+def open_images(config: EvalConfig, vit, classes: tuple[str, ...]):
     """The images to score or to predict; raises ValueError if they are not of the model's classes,
-    or where the predictions cannot be written."""
+    or where the results cannot be written."""
     if config.predict:
         images = data.scan_flat(config.predict, "")
         check_writable(Path(config.output_dir))
         return images
-    images = data.open_val(config.data, vit.image_hw, config.val_labels, list(classes or ()))
+    images = data.open_val(config.data, vit.image_hw, config.val_labels,
+                           list(classes) or list(map(str, range(vit.num_classes))))
     if classes:
         data.check_same_classes(f"the model of {config.checkpoint}", list(classes),
-                                f"{config.data}/val", images.classes)
+                                config.data, images.classes)
     elif len(images.classes) != vit.num_classes:
-        raise ValueError(f"--data: {config.data}/val has {len(images.classes)} classes, "
+        raise ValueError(f"--data: {config.data} has {len(images.classes)} classes, "
                          f"--checkpoint {config.checkpoint} has {vit.num_classes}")
+    check_writable(Path(config.output_dir))
     return images
 
 

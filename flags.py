@@ -62,8 +62,11 @@ def check_only(config, given: dict) -> None:
                 values = legal if isinstance(legal, tuple) else (legal,)
                 legal = " " + " or ".join(values), values.__contains__
             if not legal[1](getattr(config, other)):
-                raise ValueError(f"{flag_name(f.name)} has no effect with {flag_name(other)} "
-                                 f"{getattr(config, other)}; it needs {flag_name(other)}{legal[0]}")
+                value = getattr(config, other)
+                beside = (f"without {flag_name(other)}" if value is None else
+                          f"with {flag_name(other)} {value}")
+                raise ValueError(f"{flag_name(f.name)} has no effect {beside}; it needs "
+                                 f"{flag_name(other)}{legal[0]}")
 
 
 def read_flags(classes, argv: list[str] | None = None) -> dict:
@@ -112,6 +115,8 @@ def _argparse_type(hint) -> dict:
         return dict(action=argparse.BooleanOptionalAction)
     if hint in (int, float, str):
         return dict(type=hint, metavar=hint.__name__.upper())
+    if hint == list[str]:
+        return dict(nargs="+")
     if typing.get_origin(hint) is tuple:
         return dict(type=_numbers, metavar="R,G,B")
     return dict(type=_image_size, metavar="SIZE")

@@ -29,7 +29,8 @@ class Log:
         self.main, self.bar, self.file, self.board = grid.world.rank == 0, None, None, None
 
     def open(self, output: Path, start_step: int, total_steps: int, tensorboard: bool) -> None:
-        """Continues metrics.jsonl after start_step: later lines, of steps not saved, go."""
+        """Continues metrics.jsonl after start_step: later lines, of steps not saved, go. A line
+        {step, resumed} says where a run was taken up again."""
         if not self.main:
             return
         path, kept = output / "metrics.jsonl", []
@@ -42,6 +43,8 @@ class Log:
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
         self.file = open(path, "a", buffering=1)
+        if start_step:
+            self.file.write(json.dumps({"step": start_step, "resumed": True}) + "\n")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(output / "tensorboard", purge_step=start_step + 1)

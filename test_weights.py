@@ -16,7 +16,6 @@ import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -627,16 +626,16 @@ def trained(tmp_path_factory):
 
 
 def test_evaluation_of_a_checkpoint_is_exact_for_any_split(tmp_path, trained):
-    """103 images, no train folder: the same line from 1 process and 3, batches of 7 and 64, with
-    workers and without, with tp 2, from flat images with a file of labels, and from the export. A
-    missing class is named."""
+    """103 images, no train folder: the same line and classes.csv from 1 process and 3, batches of 7
+    and 64, with workers and without, with tp 2, and from the export. A missing class is named."""
     draw_folder(tmp_path / "data/val", 103)
-    flags = ["--data", tmp_path / "data", "--checkpoint", trained]
+    flags = ["--data", tmp_path / "data", "--output-dir", tmp_path, "--checkpoint", trained]
 
     def score(*more, world=1):
-        return re.search("validation.*", run_command(evaluate.main, *flags, *more, world=world))[0]
+        line = re.search("validation.*", run_command(evaluate.main, *flags, *more, world=world))[0]
+        return line, (tmp_path / "classes.csv").read_text()
     line = score("--micro-batch-size", 7, "--num-workers", 0)
-    assert "on 103 images" in line and not line.startswith("validation top-1 0.00 %")
+    assert "on 103 images" in line[0] and not line[0].startswith("validation top-1 0.00 %")
     assert score("--micro-batch-size", 64, "--num-workers", 2, world=3) == line
     assert score("--tensor-parallel-size", 2, world=2) == line
     run_command(weights.main, trained, tmp_path / "w.safetensors")
@@ -649,7 +648,8 @@ def test_evaluation_of_a_checkpoint_is_exact_for_any_split(tmp_path, trained):
 def test_the_shapes_are_scored_in_the_precision_of_training_unless_told(tmp_path):
     run_training(tmp_path / "a", "--max-steps", 2, "--precision", "bf16-O2")
     for more, precision in [([], "bf16-O2"), (["--precision", "fp32"], "fp32")]:
-        text = run_command(evaluate.main, "--data", "shapes", "--checkpoint", tmp_path / "a", *more)
+        text = run_command(evaluate.main, "--data", "shapes", "--checkpoint", tmp_path / "a",
+                           "--output-dir", tmp_path, *more)
         assert f" precision {precision}, " in text and " on 1,000 images\n" in text
 
 
@@ -681,18 +681,28 @@ def test_predictions_are_the_same_table_for_any_split(tmp_path, trained):
     assert best == sorted(best, reverse=True) and 0 < sum(best) <= 1.001
     with Image.open(tmp_path / "out/predictions.png") as sheet:
         assert sheet.size == (6 * 188 + 12, 4 * 232 + 12)
+    one = run_command(evaluate.main, "--predict", images / "red star/003.png", "--checkpoint",
+                      trained, "--output-dir", tmp_path / "one")
+    assert "1 images, 0 unreadable" in one
+    assert (tmp_path / "one/predictions.csv").read_text().splitlines()[1].split(",")[1:] == [
+        *rows["red star/003.png"]]
 
 
-def test_the_contact_sheet_is_of_images_from_everywhere(tmp_path, monkeypatch):
-    """30 of 90, every third, whatever cannot be read left out; of fewer, all."""
-    notes = []
-    monkeypatch.setattr(evaluate, "contact_sheet", lambda images: (
-        notes.append([int(note.split()[-1]) for _, _, note in images]) or Image.new("RGB", (1, 1))))
-    run, shapes = SimpleNamespace(log=SimpleNamespace(print=print)), data.Shapes((8, 8), "val")
-    for readable, count in [([1] * 90, 90), ([0] * 10 + [1] * 90, 100), ([1] * 20, 20)]:
-        best = [[p] for p in readable], [[0]] * count
-        evaluate.write_predictions(run, best, shapes, shapes.classes, tmp_path)
-    assert notes == [list(range(0, 90, 3)), list(range(10, 100, 3)), list(range(20))]
+def test_the_contact_sheet_shows_each_predicted_class():
+    """30 of 90 images, ten of each class whether it has 11 or 49, not the first ones, in the order
+    of the classes, and never what cannot be read; of fewer, all; of 40 classes, 30 of them."""
+    def table(labels, unreadable=0):
+        best = torch.ones(len(labels), 1, dtype=torch.float64)
+        best[:unreadable] = 0
+        return evaluate.Predictions(None, None, best, torch.tensor(labels)[:, None])
+    labels = [0] * 11 + [1] * 49 + [2] * 30
+    found = evaluate.sample(table(labels, unreadable=1), 30)
+    assert [labels[i] for i in found] == [0] * 10 + [1] * 10 + [2] * 10
+    assert 0 not in found and len(set(found)) == 30 and found[10:20] != list(range(11, 21))
+    assert found == evaluate.sample(table(labels, unreadable=1), 30)
+    assert evaluate.sample(table([1, 0, 1]), 30) == [1, 0, 2]
+    many = evaluate.sample(table([i % 40 for i in range(80)]), 30)
+    assert len({i % 40 for i in many}) == 30 and {i % 40 for i in many} != set(range(30))
 
 
 def test_imagenets_folder_names_become_words():
@@ -710,7 +720,8 @@ def test_imagenets_folder_names_become_words():
     ("--checkpoint x --data d --predict d", "give --data DIR .* or --predict FOLDER; one of them"),
     ("--checkpoint x --predict d --val-labels f", "--val-labels .*it needs --data DIR$"),
     ("--checkpoint x --data shapes --val-labels f", "--val-labels has no effect .*--data shapes"),
-    ("--checkpoint x --data d --output-dir o", "--output-dir .*it needs --predict$"),
+    ("--checkpoint x --predict p --real-labels r",
+     "--real-labels has no effect without --data; it needs --data DIR$"),
 ])
 def test_flags_that_contradict_or_have_no_effect_are_errors(flags, message):
     with pytest.raises(ValueError, match=message):

@@ -129,7 +129,8 @@ def step_directory(run: Run, step: int) -> Path:
 def save(run: Run, optimizer, train_set, step: int) -> Path:
     meta = dict(images_seen=run.images_seen(step), total_steps=run.total_steps,
                 classes=train_set.classes, vit=to_plain(run.vit), config=to_plain(run.config),
-                torch=torch.__version__)
+                torch=torch.__version__,
+                machine=f"{run.grid.world.size} x {device_name(run.device)}")
     return save_checkpoint(step_directory(run, step).parent, step, optimizer, meta,
                            run.config.keep_last)
 
@@ -177,6 +178,9 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
     describe(run, batch, optimizer, train_set, val_set, kernels, start)
     train(run, model, optimizer, train_set, val_set)
     end_processes()
+    if config.report and grid.world.rank == 0 and not run.stop.agreed:
+        import report
+        report.write_report([config.output_dir])
 
 
 def open_images(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid, sources=None):
