@@ -119,9 +119,9 @@ def tell(run: Run, table: Predictions, source, step: int | None = None) -> dict:
 
 
 def confusions(table: Predictions) -> Counter:
-    """{(class, predicted class): images} of all mistakes."""
-    wrong = (table.labels >= 0) & ~table.right[:, 0]
-    return Counter(zip(table.labels[wrong].tolist(), table.classes[wrong, 0].tolist()))
+    """{(class, predicted class): images}."""
+    seen = table.labels >= 0
+    return Counter(zip(table.labels[seen].tolist(), table.classes[seen, 0].tolist()))
 
 
 CLASS_SCORES = ("class", "images", "top1", "top5", "taken_for", "times")
@@ -130,14 +130,14 @@ CLASS_SCORES = ("class", "images", "top1", "top5", "taken_for", "times")
 def class_scores(table: Predictions, names: list[str]) -> list[tuple]:
     """A row CLASS_SCORES for each class: top-1 and top-5 as shares of its images (nan without any),
     and the class that most of its mistakes were taken for."""
-    most = {}
-    for (label, other), times in confusions(table).most_common():
-        most.setdefault(label, (names[other], times))
-    images, top1, top5 = (
-        torch.bincount(table.labels[chosen], minlength=len(names)).tolist()
-        for chosen in (table.labels >= 0, table.right[:, 0], table.right.any(1)))
-    return [(name, n, top1[i] / n if n else math.nan, top5[i] / n if n else math.nan,
-             *most.get(i, ("", 0))) for i, (name, n) in enumerate(zip(names, images, strict=True))]
+    found, most = confusions(table), {}
+    for (label, other), times in found.most_common():
+        if label != other:
+            most.setdefault(label, (names[other], times))
+    images, top5 = (torch.bincount(table.labels[chosen], minlength=len(names)).tolist()
+                    for chosen in (table.labels >= 0, table.right.any(1)))
+    return [(name, n, found[i, i] / n if n else math.nan, hits / n if n else math.nan,
+             *most.get(i, ("", 0))) for i, (name, n, hits) in enumerate(zip(names, images, top5))]
 
 
 def tell_classes(run: Run, table: Predictions, names: list[str], out: Path, most: int = 10) -> None:

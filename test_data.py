@@ -207,6 +207,42 @@ def test_validation_labels_are_numbered_as_in_the_models_classes(tmp_path):
         data.check_same_classes("model", ["b", "a"], "val", ["a", "b"])
 
 
+def test_folders_named_by_numbers_are_the_models_classes(tmp_path):
+    """ImageNet-V2's: TEST/0 to TEST/11 without a folder val, 10 after 9 and not after 1; unless the
+    model's own classes have these names, in another order; one missing number is no such set."""
+    names = [str(i) for i in range(12)]
+    for name in names:
+        paint(tmp_path / name / "1.jpeg")
+    for classes in ([f"n{i:08d}" for i in range(12)], names, names[::-1], sorted(names)):
+        source = data.open_val(str(tmp_path), HW, classes=classes)
+        number = {source.name(i).split("/")[0]: source.load(i)[1] for i in range(12)}
+        expected = classes if set(classes) == set(names) else names
+        assert number == {name: i for i, name in enumerate(expected)} and source.classes == classes
+    (tmp_path / "10/1.jpeg").unlink()
+    (tmp_path / "10").rmdir()
+    assert data.open_val(str(tmp_path), HW, classes=["a"] * 11).classes == sorted(
+        set(names) - {"10"})
+
+
+def test_reals_labels_go_by_the_number_in_an_images_name(tmp_path):
+    """Image n has list n - 1, wherever it lies; another name, number or file is an error."""
+    for name in ("ILSVRC2012_val_00000003.JPEG", "b/ILSVRC2012_val_00000001.JPEG"):
+        paint(tmp_path / "val" / name)
+    source, file = data.scan_flat(tmp_path, "val"), tmp_path / "real.json"
+    file.write_text("[[5], [], [1, 2]]")
+    assert data.read_real_labels(file, source) == [[1, 2], [5]]
+    for text, message in [("[[5], []]", "val_00000003.JPEG is none .* to 00000002"),
+                          ("{}", "is not a list of lists"), ("[3]", "is not a list of lists"),
+                          ("[", "cannot be read")]:
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"--real-labels.*{message}"):
+            data.read_real_labels(file, source)
+    paint(tmp_path / "val/other.JPEG")
+    file.write_text("[[5], [], [1, 2]]")
+    with pytest.raises(ValueError, match="other.JPEG is none of the images"):
+        data.read_real_labels(file, data.scan_flat(tmp_path, "val"))
+
+
 def test_flat_validation_images_take_their_classes_from_a_file(tmp_path):
     """Either form gives the folders' labels; what does not agree is named."""
     for i in range(3):

@@ -6,6 +6,7 @@ compared by the logits that both models make of the same images.
 """
 
 import csv
+import json
 import os
 import pickle
 import re
@@ -627,17 +628,23 @@ def trained(tmp_path_factory):
 
 def test_evaluation_of_a_checkpoint_is_exact_for_any_split(tmp_path, trained):
     """103 images, no train folder: the same line and classes.csv from 1 process and 3, batches of 7
-    and 64, with workers and without, with tp 2, and from the export. A missing class is named."""
+    and 64, with workers and without, with tp 2, and from the export; ReaL's share is of the images
+    that have labels. A missing class is named."""
     draw_folder(tmp_path / "data/val", 103)
+    for path in (tmp_path / "data/val").rglob("*.png"):
+        path.rename(path.with_name(f"ILSVRC2012_val_{int(path.stem) + 1:08d}.png"))
+    (tmp_path / "real.json").write_text(json.dumps(3 * [[*range(16)]] + [[99]] + 99 * [[]]))
     flags = ["--data", tmp_path / "data", "--output-dir", tmp_path, "--checkpoint", trained]
 
     def score(*more, world=1):
-        line = re.search("validation.*", run_command(evaluate.main, *flags, *more, world=world))[0]
-        return line, (tmp_path / "classes.csv").read_text()
+        text = run_command(evaluate.main, *flags, *more, world=world)
+        assert ("ReaL top-1 75.00 % on 4 images\n" in text) == ("--real-labels" in more)
+        return re.search("validation.*", text)[0], (tmp_path / "classes.csv").read_text()
     line = score("--micro-batch-size", 7, "--num-workers", 0)
     assert "on 103 images" in line[0] and not line[0].startswith("validation top-1 0.00 %")
     assert score("--micro-batch-size", 64, "--num-workers", 2, world=3) == line
-    assert score("--tensor-parallel-size", 2, world=2) == line
+    assert score("--tensor-parallel-size", 2, "--real-labels", tmp_path / "real.json",
+                 world=2) == line
     run_command(weights.main, trained, tmp_path / "w.safetensors")
     flags[-1] = tmp_path / "w.safetensors"
     assert score() == line

@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
     end_processes()
     if config.report and grid.world.rank == 0 and not run.stop.agreed:
         import report
-        report.write_report([config.output_dir])
+        report.main([config.output_dir])
 
 
 def open_images(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid, sources=None):
