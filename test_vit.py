@@ -112,7 +112,9 @@ MAY_IMPORT = {
     "runtime": "configs parallel model augment data meter",
     "evaluate": "configs parallel model augment data checkpoint plan meter runtime weights",
     "weights": "configs parallel model checkpoint",
-    "train": "configs parallel model augment data checkpoint plan meter runtime evaluate weights",
+    "train": "configs parallel model augment data checkpoint plan meter runtime evaluate weights "
+             "report",
+    "report": "configs parallel model checkpoint runtime evaluate",
     "kernels": "configs parallel model", "peer": "configs parallel model",
     "benchmark": "configs parallel model augment data checkpoint plan meter runtime train"}
 
