@@ -251,7 +251,7 @@ def bins(table: Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of the BINS equal bins of confidence that have images: these, mean confidence and accuracy,
     all in percent."""
     seen = table.labels >= 0
-    confidence, right = table.probabilities[seen, 0], table.right[seen, 0].double()
+    confidence, right = table.probabilities[seen, 0].nan_to_num(), table.right[seen, 0].double()
     index = (confidence * BINS).long().clamp(max=BINS - 1)  # the last one holds 1.0 too
     count, *sums = (torch.bincount(index, weights=values, minlength=BINS).numpy() for values in (
         torch.ones_like(right), confidence, right))
@@ -383,7 +383,7 @@ def weights(one: Opened) -> str:
     parts = parts[:count].unflatten(1, filters.shape[1:])                      # [count, C, p, p]
     parts = 127.5 + 127.5 * parts / parts.abs().amax((1, 2, 3), keepdim=True)
     parts = parts.permute(0, 2, 3, 1).unflatten(0, (-1, math.gcd(count, 8))).numpy()
-    figures = [(viridis((cosines - low) / (1 - low)), "Position embeddings",
+    figures = [(viridis((cosines - low) / max(1 - low, 1e-6)), "Position embeddings",
                 f"Of {len(rows)} x {len(columns)} positions the cosines with all others, from "
                 f"{low:.2f} (dark) to 1 (bright)."),
                (parts.astype(np.uint8), "Patch embedding",
