@@ -1,23 +1,36 @@
 """What is kept: checkpoints that know neither tp nor dp, files of whole tensors under timm's names.
 
-    OUTPUT/checkpoints/step_00001000/meta.json       step, images seen, configs, files and sizes
+    OUTPUT/checkpoints/step_00001000/meta.json       step, images seen, configs, files, checksums
                                      rank_00000.pt   {name: {weight, exp_avg, exp_avg_sq}}, fp32
+    OUTPUT/best -> checkpoints/step_00001000         with --keep-best
 
 Each rank gathers one bucket at a time, and keeps and writes only its share of the names. `weight`
 is the fp32 master: bf16 weights are its rounding, so they need not be stored. Everything is written
 to a temporary directory, synced, then renamed: a checkpoint is complete, or it is not there.
 """
 
+import contextlib
 import json
 import math
 import os
+import re
 import shutil
+import threading
+import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from parallel import ShardedOptimizer, all_gather_object, barrier, full_shape, shard
+from parallel import ShardedOptimizer, all_gather_object, full_shape, shard
+
+READERS = 8  # threads that compute checksums; zlib lets go of the interpreter meanwhile
+
+
+class Damaged(ValueError):
+    """A checkpoint whose sizes are right and whose contents are not."""
 
 
 def _share_out(sizes: dict[str, int], world: int) -> dict[str, int]:
@@ -35,18 +48,29 @@ def _fsync_directory(path: Path) -> None:
     os.close(fd)
 
 
-def _write_synced(path: Path, write: Callable) -> None:
+def write_synced(path: Path, write: Callable) -> None:
     with open(path, "wb") as f:
         write(f)
         f.flush()
         os.fsync(f.fileno())
 
 
+def check_writable(folder: Path) -> None:
+    """Raises ValueError if nothing can be written in a folder, which is made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.write_bytes(b"0" * 4096)
+        probe.unlink()
+    except OSError as e:
+        raise ValueError(f"{folder} cannot be written: {e.strerror or e}") from e
+
+
 def write_atomically(path: Path, write: Callable) -> None:
     """write(file) to a temporary file that becomes `path`: whole, or not at all (OSError)."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        _write_synced(temporary, write)
+        write_synced(temporary, write)
         os.replace(temporary, path)
         _fsync_directory(path.parent)
     except RuntimeError as e:  # torch.save reports a full disk as RuntimeError
@@ -59,60 +83,225 @@ def _replace_text(path: Path, text: str) -> None:
     write_atomically(path, lambda f: f.write(text.encode()))
 
 
-def save_checkpoint(root: Path, step: int, optimizer: ShardedOptimizer, meta: dict,
-                    keep_last: int = 0) -> Path:
-    """Writes root/step_NNNNNNNN, then removes all complete ones but the keep_last newest (0: none).
+def _crc(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().numpy())
 
-    Collective. A failure on any rank (a full disk) raises OSError on all of them; it leaves the
-    checkpoints that were there as they were.
-    """
-    grid, final = optimizer.grid, root / f"step_{step:08d}"
-    temporary = root / f".{final.name}.tmp"
-    if grid.world.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier(grid)
-    sizes = {n: math.prod(full_shape(p, grid.tp)) for b in optimizer.buckets
-             for n, p in b.params.items()}
-    owner = _share_out(sizes, grid.world.size)
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    for name, kind, full in optimizer.full_tensors(lambda n: owner[n] == grid.world.rank):
-        tensors.setdefault(name, {})[kind] = full
-    file = temporary / f"rank_{grid.world.rank:05d}.pt"
-    error = None
+
+def _save_tensors(tensors: dict, f) -> None:
+    """torch.save without the checksums of its zip file, which take longer than a disk: meta.json
+    has those of the tensors."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
     try:
-        _write_synced(file, lambda f: torch.save(tensors, f))
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        error = f"rank {grid.world.rank} could not write {file}: {e}"
-    reports = all_gather_object((error, file.stat().st_size if error is None else 0), grid.world)
-    errors = [e for e, _ in reports if e]
-    if not errors and grid.world.rank == 0:
+        torch.save(tensors, f)
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+# ----------------------------------------------------------------------------- saving
+def host_tensors(shapes: dict, pin: bool) -> dict:
+    """Uninitialised fp32 host tensors of these shapes, {key: tensor}, page-locked if `pin`.
+
+    Cut from pieces of a GiB, as the allocator of page-locked memory rounds up to powers of two; by
+    numpy, so that each has a storage of its own, which is what torch.save writes.
+    """
+    left, piece, tensors = sum(map(math.prod, shapes.values())), torch.empty(0), {}
+    for key, shape in shapes.items():
+        count = math.prod(shape)
+        if piece.numel() < count:
+            piece = torch.empty(max(count, min(left, 2**28)), pin_memory=pin)
+        tensors[key] = torch.from_numpy(piece.numpy()[:count]).view(shape)
+        piece, left = piece[count:], left - count
+    return tensors
+
+
+class Saver:
+    """Saves beside the training; at most one save is under way.
+
+        begin     masters and moments to host memory, in the order of the device's work
+        (thread)  writes and syncs this rank's file; `written` is then the step
+        publish   when all ranks have written, at the same step of each: rename, best, prune
+
+    The host memory is allocated once, page-locked on CUDA. Where a rank has not got the room, begin
+    does all of it before it returns; `note` says which. Every method is collective and raises
+    OSError on all ranks, whatever failed on one; a save that failed leaves the earlier ones.
+
+    room: bytes of host memory that this rank may take; say: prints a line.
+    keep_last: newest checkpoints kept, 0: all; keep_best: and those of the best validation top-1.
+    """
+
+    def __init__(self, root: Path, optimizer: ShardedOptimizer, *, room: float = 0.0,
+                 keep_last: int = 0, keep_best: int = 0, say: Callable = print):
+        self.root, self.optimizer, self.grid, self.say = root, optimizer, optimizer.grid, say
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self.step = self.newest = self.thread = self.remover = None  # step: of the latest begin
+        self.written, self.host, grid = 0, None, self.grid
+        shapes = {n: full_shape(p, grid.tp) for b in optimizer.buckets for n, p in b.params.items()}
+        self.owner = _share_out({n: math.prod(s) for n, s in shapes.items()}, grid.world.size)
+        mine = {(n, kind): shape for n, shape in shapes.items() if self.owner[n] == grid.world.rank
+                for kind in ("weight", *optimizer.state_names)}
+        need = 4 * sum(map(math.prod, mine.values()))
+        self._allocate = partial(host_tensors, mine, pin=optimizer.device.type == "cuda")
+        short = all_gather_object(max(need - room, 0), grid.world)
+        if not any(short):
+            with contextlib.suppress(RuntimeError, MemoryError):
+                self.host = self._allocate()
+        if not all(all_gather_object(self.host is not None, grid.world)):
+            self.host = None
+        self.note = (f"saving beside the training: {need / 2**30:.2f} GiB of host memory per rank"
+                     if self.host else f"saving stops the training: beside it, it would take "
+                     f"{need / 2**30:.2f} GiB of host memory per rank, {max(short) / 2**30:.2f} "
+                     f"more than there is")
+
+    def _agree(self, error: str | None) -> None:
+        errors = [e for e in all_gather_object(error, self.grid.world) if e]
+        if errors:
+            raise OSError(f"checkpoint of step {self.step} failed, earlier ones are untouched: "
+                          f"{errors[0]}")
+
+    def begin(self, step: int, meta: dict) -> None:
+        """Takes the state after `step`, with what meta.json shall say beside it."""
+        if self.thread is not None and self.thread.is_alive():
+            self.say(f"step {step}: waiting until the checkpoint of step {self.step} is written")
+        self._finish()
+        self.step, self.meta, error, host = step, meta, None, self.host
+        self.temporary = self.root / f".step_{step:08d}.tmp"
         try:
-            meta = {**meta, "step": step, "updates": int(optimizer.step_count),
-                    "state": list(optimizer.state_names),
-                    "files": {f"rank_{r:05d}.pt": size for r, (_, size) in enumerate(reports)},
-                    "where": {name: f"rank_{r:05d}.pt" for name, r in owner.items()}}
-            _replace_text(temporary / "meta.json", json.dumps(meta, indent=1))
-            replaced = root / f".{final.name}.old"
+            host = host or self._allocate(pin=False)  # page-locked memory would not be given back
+            if self.grid.world.rank == 0:
+                shutil.rmtree(self.temporary, ignore_errors=True)
+                self.temporary.mkdir(parents=True)
+        except (OSError, RuntimeError, MemoryError) as e:
+            error = f"rank {self.grid.world.rank} could not begin {self.temporary}: {e}"
+        self._agree(error)
+        self.updates, copied = int(self.optimizer.step_count), None
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        for name, kind, full in self.optimizer.full_tensors(
+                lambda name: self.owner[name] == self.grid.world.rank,
+                lambda name, kind, full: host[name, kind].copy_(full, non_blocking=True)):
+            tensors.setdefault(name, {})[kind] = full
+        if self.optimizer.device.type == "cuda":
+            copied = torch.cuda.current_stream().record_event()
+        self.thread = threading.Thread(target=self._write, args=(tensors, copied), daemon=True)
+        self.thread.start()
+        if self.host is None:
+            self._finish()
+
+    def _write(self, tensors: dict, copied) -> None:
+        """This rank's file, and the checksum of each of its tensors as it is in memory."""
+        file = self.temporary / f"rank_{self.grid.world.rank:05d}.pt"
+        try:
+            if copied is not None:
+                copied.synchronize()
+            with ThreadPoolExecutor(READERS) as pool:
+                crcs = pool.map(_crc, (x for kinds in tensors.values() for x in kinds.values()))
+                write_synced(file, lambda f: _save_tensors(tensors, f))
+                crcs = {n: {kind: next(crcs) for kind in kinds} for n, kinds in tensors.items()}
+            self.report = None, file.stat().st_size, crcs
+        except Exception as e:  # whatever it is, all ranks are to hear of it
+            self.report = f"rank {self.grid.world.rank} could not write {file}: {e}", 0, {}
+        self.written = self.step
+
+    def publish(self, written: int) -> None:
+        """Completes the save under way if all ranks have written the step `written`, or a later."""
+        if self.thread is not None and written >= self.step:
+            self._finish()
+
+    def wait(self) -> None:
+        """Until no save and no removal is under way."""
+        self._finish()
+        if self.remover is not None:
+            self.remover.join()
+
+    def _finish(self) -> None:
+        if self.thread is None:
+            return
+        self.thread.join()
+        self.thread, error, reports = None, None, all_gather_object(self.report, self.grid.world)
+        if self.grid.world.rank == 0:
+            errors = [error for error, _, _ in reports if error]
+            error = errors[0] if errors else self._complete(reports)
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        self._agree(error)
+        self.newest = self.root / f"step_{self.step:08d}"
+
+    def _complete(self, reports: list) -> str | None:
+        """On rank 0: the rename that makes a checkpoint; returns what went wrong."""
+        final = self.root / f"step_{self.step:08d}"
+        files = [f"rank_{rank:05d}.pt" for rank in range(len(reports))]
+        meta = {**self.meta, "step": self.step, "updates": self.updates,
+                "state": list(self.optimizer.state_names),
+                "files": {file: size for file, (_, size, _) in zip(files, reports)},
+                "where": {name: files[rank] for name, rank in self.owner.items()},
+                "crc32": {n: crcs for _, _, part in reports for n, crcs in part.items()}}
+        replaced = self.root / f".{final.name}.old"
+        try:
+            _replace_text(self.temporary / "meta.json", json.dumps(meta, indent=1))
             shutil.rmtree(replaced, ignore_errors=True)
             if final.exists():  # moved aside, not deleted: a crash here must not lose it
                 os.rename(final, replaced)
-            os.rename(temporary, final)
-            _fsync_directory(root)
-            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(self.temporary, final)
+            _fsync_directory(self.root)
         except OSError as e:
-            errors = [f"could not publish {final}: {e}"]
-    errors = all_gather_object(errors, grid.world)[0]
-    if errors:
-        if grid.world.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"checkpoint of step {step} failed, earlier ones are untouched: {errors[0]}")
-    if grid.world.rank == 0 and keep_last:
-        for old in complete_checkpoints(root)[:-keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
-    return final
+            with contextlib.suppress(OSError):
+                if replaced.exists() and not final.exists():
+                    os.rename(replaced, final)
+            return f"could not publish {final}: {e}"
+        try:
+            self._prune(final, replaced)
+        except OSError as e:
+            self.say(f"note: {final} is complete, but old checkpoints could not be removed: {e}")
+        return None
+
+    def _prune(self, final: Path, *doomed: Path) -> None:
+        """Removes all but the newest, the best and the one just made: first the name, at once, then
+        the bytes, beside the training. What a crash leaves of them goes at the next start."""
+        line, doomed = complete_checkpoints(self.root), list(doomed)
+        spared = {final, *(line[-self.keep_last:] if self.keep_last else line)}
+        if self.keep_best:
+            scores = {path: (read_meta(path).get("result") or {}).get("val_top1") for path in line}
+            best = sorted((p for p in line if scores[p] is not None), key=scores.get)
+            spared.update(best[-self.keep_best:])
+            if best:
+                link, new = self.root.parent / "best", self.root.parent / ".best.tmp"
+                new.unlink(missing_ok=True)
+                new.symlink_to(best[-1].relative_to(self.root.parent))
+                os.replace(new, link)
+        for old in line:
+            if old not in spared:
+                doomed.append(self.root / f".{old.name}.gone")
+                with contextlib.suppress(OSError):
+                    os.rename(old, doomed[-1])
+        if self.remover is not None:
+            self.remover.join()
+        self.remover = threading.Thread(daemon=True, target=lambda: [
+            shutil.rmtree(path, ignore_errors=True) for path in doomed])
+        self.remover.start()
+
+    def scored(self, result: dict | None) -> dict | None:
+        """Adds an evaluation that a signal had cut off to its checkpoint; returns it."""
+        error, path = None, self.newest
+        if result and path and path.parent == self.root and self.grid.world.rank == 0:
+            try:
+                meta = {**read_meta(path), "result": result}
+                _replace_text(path / "meta.json", json.dumps(meta, indent=1))
+                self._prune(path)
+            except (OSError, ValueError) as e:
+                error = f"its evaluation could not be noted: {e}"
+        self._agree(error)
+        return result
 
 
+def save_checkpoint(root: Path, step: int, optimizer: ShardedOptimizer, meta: dict,
+                    keep_last: int = 0) -> Path:
+    """Writes root/step_NNNNNNNN as a Saver does, and waits for it."""
+    saver = Saver(root, optimizer, keep_last=keep_last)
+    saver.begin(step, meta)
+    saver.wait()
+    return saver.newest
+
+
+# ----------------------------------------------------------------------------- reading
 def complete_checkpoints(root: Path) -> list[Path]:
     """The complete checkpoints below root, oldest first: every file there, with its size."""
     return [d for d in sorted(root.glob("step_*")) if incomplete_reason(d) is None]
@@ -121,14 +310,18 @@ def complete_checkpoints(root: Path) -> list[Path]:
 def incomplete_reason(directory: Path) -> str | None:
     """None for a complete checkpoint, else what is wrong with it."""
     try:
-        files = json.loads((directory / "meta.json").read_text())["files"]
-    except (OSError, ValueError, KeyError) as e:
-        return f"meta.json cannot be read: {getattr(e, 'strerror', None) or e}"
-    for name, size in files.items():
+        meta = json.loads((directory / "meta.json").read_text())
+        files, used = meta["files"], set(map(str, meta["where"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        return f"meta.json cannot be read: {getattr(e, 'strerror', None) or repr(e)}"
+    for name in sorted({*files, *used}):
+        if not re.fullmatch(r"rank_\d+\.pt", name) or name not in files:
+            return f"meta.json names {name}, which is no file of a checkpoint"
         path = directory / name
-        found = path.stat().st_size if path.exists() else None
-        if found != size:
-            return f"{name} has {found} bytes, should have {size}"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != files[name]:
+            return f"{name} has {path.stat().st_size} bytes, should have {files[name]}"
     return None
 
 
@@ -155,27 +348,38 @@ def read_meta(directory: Path) -> dict:
 
 
 class CheckpointTensors:
-    """Reads single tensors of a checkpoint; files are mapped into memory, not read whole."""
+    """Reads single tensors of a checkpoint; files are mapped into memory, not read whole. Raises
+    Damaged for a file that cannot be read and for a tensor that is not what was saved."""
 
     def __init__(self, directory: Path):
-        self.directory, self.where, self.files = directory, read_meta(directory)["where"], {}
+        meta = read_meta(directory)
+        self.directory, self.where, self.crc32 = directory, meta["where"], meta.get("crc32", {})
+        try:
+            self.files = {file: torch.load(directory / file, map_location="cpu", mmap=True,
+                                           weights_only=True) for file in meta["files"]}
+        except Exception as e:  # torch fails in many ways
+            raise Damaged(f"{directory} is damaged: a file cannot be read: {e}") from e
 
     def __call__(self, name: str, kind: str) -> torch.Tensor:
         file = self.where[name]
-        if file not in self.files:
-            self.files[file] = torch.load(self.directory / file, map_location="cpu", mmap=True,
-                                          weights_only=True)
-        return self.files[file][name][kind]
+        try:
+            tensor, expected = self.files[file][name][kind], self.crc32.get(name, {}).get(kind)
+        except (KeyError, TypeError) as e:
+            raise Damaged(f"{self.directory} is damaged: {file} has no {kind} of {name}") from e
+        if expected is not None and _crc(tensor) != expected:
+            raise Damaged(f"{self.directory} is damaged: {file}, {kind} of {name}: its checksum is "
+                          f"not the one that was saved")
+        return tensor
 
 
 @torch.no_grad()
 def load_checkpoint(directory: Path, optimizer: ShardedOptimizer) -> dict:
     """Loads masters, moments and weights at this run's layout, whatever the saved one was.
 
-    Each rank reads only the tensors that its slices touch. Returns meta.json. Raises ValueError if
-    the checkpoint is of another model or optimizer.
+    Collective. Each rank reads only the tensors that its slices touch. Returns meta.json. Raises
+    ValueError on all ranks if the checkpoint is of another model or optimizer, or is Damaged.
     """
-    meta, read = read_meta(directory), CheckpointTensors(directory)
+    meta, tp, error = read_meta(directory), optimizer.grid.tp, None
     named = {n: p for b in optimizer.buckets for n, p in b.params.items()}
     if set(meta["where"]) != set(named):
         odd = sorted(set(meta["where"]) ^ set(named))
@@ -184,21 +388,28 @@ def load_checkpoint(directory: Path, optimizer: ShardedOptimizer) -> dict:
     if tuple(meta["state"]) != optimizer.state_names:
         raise ValueError(f"{directory} holds {meta['state']}, this --optimizer needs "
                          f"{list(optimizer.state_names)}; give the same --optimizer")
-    for bucket in optimizer.buckets:
-        for name, param in bucket.params.items():
-            begin = max(bucket.offsets[name], bucket.begin)
-            end = min(bucket.offsets[name] + param.numel(), bucket.end)
-            for kind, mine in {"weight": bucket.master, **bucket.state}.items():
-                if begin >= end:
-                    continue
-                full = read(name, kind)
-                if list(full.shape) != full_shape(param, optimizer.grid.tp):
-                    raise ValueError(
-                        f"{directory} has {name} of shape {list(full.shape)}, this model needs "
-                        f"{full_shape(param, optimizer.grid.tp)}")
-                local = shard(full, param, optimizer.grid.tp).flatten()
+    mine = [(bucket, name, kind, slice_) for bucket in optimizer.buckets for name in bucket.params
+            for kind, slice_ in {"weight": bucket.master, **bucket.state}.items()
+            if bucket.offsets[name] < bucket.end
+            and bucket.offsets[name] + named[name].numel() > bucket.begin]
+    try:
+        read = CheckpointTensors(directory)
+        with ThreadPoolExecutor(READERS) as pool:  # ahead: reading and checksums take the time
+            tensors = pool.map(lambda one: read(one[1], one[2]), mine)
+            for (bucket, name, _, slice_), full in zip(mine, tensors, strict=True):
+                if list(full.shape) != full_shape(named[name], tp):
+                    raise ValueError(f"{directory} has {name} of shape {list(full.shape)}, this "
+                                     f"model needs {full_shape(named[name], tp)}")
                 offset = bucket.offsets[name]
-                mine[begin - bucket.begin:end - bucket.begin] = local[begin - offset:end - offset]
+                begin = max(offset, bucket.begin)
+                end = min(offset + named[name].numel(), bucket.end)
+                local = shard(full, named[name], tp).flatten()
+                slice_[begin - bucket.begin:end - bucket.begin] = local[begin - offset:end - offset]
+    except ValueError as e:
+        error = e
+    for e in filter(None, all_gather_object(error, optimizer.grid.world)):
+        raise e
+    for bucket in optimizer.buckets:
         bucket.all_gather_weight()
     optimizer.wait()
     optimizer.step_count.fill_(meta["updates"])
@@ -208,62 +419,12 @@ def load_checkpoint(directory: Path, optimizer: ShardedOptimizer) -> dict:
     return meta
 
 
-# ----------------------------------------------------------------------------- at the start
-def check_writable(folder: Path) -> None:
-    """Raises ValueError if nothing can be written in a folder, which is made if it is not there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.write_bytes(b"0" * 4096)
-        probe.unlink()
-    except OSError as e:
-        raise ValueError(f"{folder} cannot be written: {e.strerror or e}") from e
-
-
-def check_room(output: Path, need: int) -> None:
-    """Finds an output directory that cannot be written, or a disk too full for a checkpoint of
-    `need` bytes, before step 0: ValueError."""
-    check_writable(output / "checkpoints")
-    free = shutil.disk_usage(output).free
-    if free < need:
-        raise ValueError(f"--output-dir {output} has {free / 2**30:.1f} GiB free; one checkpoint "
-                         f"of this model takes {need / 2**30:.1f} GiB")
-
-
-def find_resume(output_dir: str, resume: str) -> tuple[Path | None, list[str]]:
-    """(the checkpoint to continue from, lines for the log). The order is important:
-    1. --resume none: start fresh; refuse to mix with checkpoints that are there
-    2. --resume PATH: that one, or the newest complete one below it
-    3. --resume auto: the newest complete one of --output-dir, or start fresh
-    Raises ValueError where that cannot be.
-    """
-    own = Path(output_dir) / "checkpoints"
-    if resume == "none":
-        if complete_checkpoints(own):
-            raise ValueError(f"--resume none would mix a new run with the checkpoints in {own}; "
-                             f"remove them or give another --output-dir")
-        return None, []
-    if resume != "auto":
-        if not Path(resume).is_dir():
-            raise ValueError(f"--resume {resume} is no directory; give a checkpoint, an output "
-                             f"directory, auto or none")
-        return newest_checkpoint(Path(resume)), []
-    reasons = {path: incomplete_reason(path) for path in sorted(own.glob("step_*"))}
-    found = [path for path, reason in reasons.items() if reason is None]
-    return found[-1] if found else None, [f"skipping an incomplete checkpoint: {path}: {reason}"
-                                          for path, reason in reasons.items() if reason]
-
-
-def check_same_model(directory: Path, vit: dict, classes: list[str], data: str) -> None:
-    """A checkpoint continues only its own model (fields of ViTConfig), on its own classes."""
-    meta = read_meta(directory)
-    free = ("hidden_dropout", "attention_dropout", "drop_path_rate", "gelu_approximate",
-            "layernorm_eps")
-    differ = [f"{key} {meta['vit'].get(key)} (this run: {value})" for key, value in vit.items()
-              if key not in free and meta["vit"].get(key) != value]
-    if differ:
-        raise ValueError(f"{directory} is a checkpoint of another model: {', '.join(differ)}; give "
-                         f"its flags, another --output-dir, or --resume none")
-    if meta["classes"] != classes:
-        raise ValueError(f"{directory} was trained on other classes ({len(meta['classes'])}: "
-                         f"{', '.join(meta['classes'][:3])} ...) than --data {data}")
+def load_newest(candidates: list[Path], optimizer: ShardedOptimizer) -> tuple[Path, dict, list]:
+    """load_checkpoint of the first that is not damaged: (path, meta.json, lines for the log)."""
+    lines = []
+    for path in candidates:
+        try:
+            return path, load_checkpoint(path, optimizer), lines
+        except Damaged as e:
+            lines.append(f"skipping a damaged checkpoint: {e}")
+    raise ValueError("; ".join(lines))

@@ -237,7 +237,8 @@ class TrainConfig(Step, Loader):
         None, "file with the classes of images that lie flat in DATA/val: lines of 'NAME CLASS', "
         "or ImageNet's LOC_val_solution.csv", data=FOLDER)
     output_dir: str = flag("output", "checkpoints, metrics.jsonl, TensorBoard")
-    epochs: float = flag(300.0, "length of the run, if --max-steps is not given", POSITIVE)
+    epochs: float = flag(300.0, "length of the run in images seen, if --max-steps is not given",
+                         POSITIVE)
     max_steps: int | None = flag(None, "length of the run in optimizer steps", POSITIVE)
     crop_ratio: float = flag(0.875, "evaluation: image side / resized shorter side", SHARE)
     max_unreadable: float = flag(0.001, "share of unreadable training images that ends the run",
@@ -246,6 +247,8 @@ class TrainConfig(Step, Loader):
     eval_interval: int = flag(1000, "steps between evaluations; 0: only at the end", NOT_NEGATIVE)
     save_interval: int = flag(1000, "steps between checkpoints; 0: only at the end", NOT_NEGATIVE)
     keep_last: int = flag(3, "newest checkpoints kept; 0: all", NOT_NEGATIVE)
+    keep_best: int = flag(0, "checkpoints of the best validation top-1 kept beside those; each "
+                          "evaluation is then saved, and OUTPUT/best is the best", NOT_NEGATIVE)
     tensorboard: bool = flag(False, "also write TensorBoard scalars (needs tensorboard)")
     report: bool = flag(False, "at the end write OUTPUT_DIR/report.html, as report.py does")
     resume: str = flag("auto", "auto: newest complete checkpoint of --output-dir; none; or a path")

@@ -28,16 +28,20 @@ class Log:
     def __init__(self, grid: Grid):
         self.main, self.bar, self.file, self.board = grid.world.rank == 0, None, None, None
 
-    def open(self, output: Path, start_step: int, total_steps: int, tensorboard: bool) -> None:
-        """Continues metrics.jsonl after start_step: later lines, of steps not saved, go. A line
-        {step, resumed} says where a run was taken up again."""
+    def open(self, output: Path, start_step: int, total_steps: int, tensorboard: bool,
+             scored: bool = True) -> None:
+        """Continues metrics.jsonl after start_step: later lines, of steps not saved, go; unless
+        `scored`, its evaluation's too, which will be made again. A line {step, resumed} says where
+        a run was taken up again."""
         if not self.main:
             return
         path, kept = output / "metrics.jsonl", []
         if path.exists():
             for line in path.read_text().splitlines():
                 with contextlib.suppress(ValueError, KeyError):  # a line cut by a crash
-                    if json.loads(line)["step"] <= start_step:
+                    values = json.loads(line)
+                    last = start_step - ("val_loss" in values and not scored)
+                    if values["step"] <= last:
                         kept.append(line + "\n")
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
@@ -102,18 +106,27 @@ class Meter:
 
     watch() hands on the loader's batches and sees what they cost; put() takes a step's result.
     A rate is of the steps in it, by the device's clock, from the end of the step before (or of an
-    evaluation or save) to their own. `error` says why the run must stop, the same on all ranks.
+    evaluation or save) to their own. `error` says why the run must stop, the same on all ranks;
+    `diverged`: for its gradients, so that what it has come to is not worth saving.
     """
 
-    def __init__(self, run, train_set, memory, mark=mark):
-        """memory: a function, the peak in GiB; mark: the device's clock, as above."""
+    def __init__(self, run, train_set, memory, mark=mark, counts: dict | None = None):
+        """memory: a function, the peak in GiB; mark: the device's clock, as above; counts: those of
+        the run until a restart."""
         self.mark = partial(mark, run.device)
-        self.run, self.memory, self.error = run, memory, None
+        self.run, self.memory, self.error, self.diverged = run, memory, None, False
         self.unreadable = Unreadable(train_set, run.config.max_unreadable)
-        self.pending, self.bad_steps, self.bad_images, self.waited = deque(), 0, set(), 0.0
+        counts = counts or {}
+        self.unreadable.add(set(counts.get("unreadable", ())))
+        self.bad_steps = counts.get("bad_steps", 0)
+        self.pending, self.bad_images, self.waited = deque(), set(), 0.0
         self.steps, self.seconds, self.wait = 0, 0.0, 0.0        # of the interval being logged
         self.warm, self.all_steps, self.all_seconds = False, 0, 0.0
         self.last = self.mark()
+
+    def counts(self) -> dict:
+        """What is counted over restarts: unreadable images, bad steps in a row."""
+        return dict(unreadable=sorted(self.unreadable.indices), bad_steps=self.bad_steps)
 
     def watch(self, loader):
         """Yields (images, labels, jitter if any) of a training loader."""
@@ -161,9 +174,9 @@ class Meter:
             run.log.print(f"step {step}: gradient norm {norm}, loss {loss:.4f}; step skipped, no "
                           f"weight changed ({self.bad_steps} in a row)")
         if self.bad_steps == MAX_BAD_STEPS:
-            raise RuntimeError(f"non-finite gradients in {self.bad_steps} steps in a row, the last "
-                               f"one {step}; lower --lr or use --precision fp32. The checkpoints "
-                               f"in {run.config.output_dir} are from before")
+            self.diverged = True
+            self.error = (f"non-finite gradients in {self.bad_steps} steps in a row, the last one "
+                          f"{step}; lower --lr or use --precision fp32")
         run.log.advance()
         if step % run.config.log_interval == 0 or step == run.total_steps:
             self.write(step, lr, loss, correct / max(count, 1), norm)
@@ -173,7 +186,7 @@ class Meter:
         found = set().union(*all_gather_object(self.bad_images, self.run.grid.world))
         for name in self.unreadable.add(found):
             self.run.log.print(f"unreadable image, skipped: {name}")
-        self.bad_images, self.error = set(), self.unreadable.error()
+        self.bad_images, self.error = set(), self.error or self.unreadable.error()
 
     def write(self, step: int, lr: float, loss: float, accuracy: float, norm: float) -> None:
         """The log line of the interval that ends with `step`."""

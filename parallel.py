@@ -506,9 +506,11 @@ class ShardedOptimizer:
     def _weights_were_loaded(self, module: nn.Module, incompatible_keys) -> None:
         self.refresh_masters()
 
-    def full_tensors(self, keep: Callable[[str], bool] = lambda name: True):
+    def full_tensors(self, keep: Callable[[str], bool] = lambda name: True,
+                     to_host: Callable = lambda name, kind, full: full.cpu().clone()):
         """Yields (name, kind, full fp32 CPU tensor), kind in weight (the master) and the moments,
-        one bucket at a time and only for names that this rank keeps. Collective: all ranks call."""
+        one bucket at a time and only for names that this rank keeps. Collective: all ranks call.
+        to_host(name, kind, tensor on the device, which lives no longer): the CPU tensor."""
         self.wait()
         for bucket in self.buckets:
             for kind, mine in {"weight": bucket.master, **bucket.state}.items():
@@ -518,7 +520,7 @@ class ShardedOptimizer:
                 for name in filter(keep, bucket.params):
                     parts = [bucket.view(flat, name) for flat in flats]
                     full = bucket.params[name].tp_split.unshard(parts) if split else parts[0]
-                    yield name, kind, full.cpu().clone()
+                    yield name, kind, to_host(name, kind, full)
 
     def decay_names(self) -> tuple[list[str], list[str]]:
         """The weights (with, without) weight decay."""

@@ -96,6 +96,26 @@ def plan_batch(config: Step, vit: ViTConfig, world: int, device: str) -> tuple[i
     return micro, dp, total // (micro * dp)
 
 
+def run_length(config: TrainConfig, images: int, step: int = 0,
+               image: int = 0) -> tuple[int, float]:
+    """(total_steps, shift) of a run that goes on after `step` and `image` images.
+
+    --max-steps counts steps. --epochs counts images seen, so that a run which goes on with another
+    batch ends at the same image; step + shift is then its place, in batches of now, on the
+    schedule. Raises ValueError if the length is behind it already.
+    """
+    batch, total = config.global_batch_size, int(config.epochs * images)
+    if config.max_steps and step > config.max_steps or not config.max_steps and (
+            image >= total + batch):
+        raise ValueError(f"the checkpoint of step {step} has seen {image / images:.2f} epochs, more"
+                         f" than --max-steps {config.max_steps} or --epochs {config.epochs:g} ask "
+                         f"for; give more, or --resume PATH of an earlier checkpoint")
+    if config.max_steps:
+        return config.max_steps, 0.0
+    left = max(total - image, 0) // batch
+    return step + max(left, int(step == 0)), image / batch - step
+
+
 # ----------------------------------------------------------------------------- memory
 def activation_bytes(vit: ViTConfig, config: Step, images: int) -> int:
     """Bytes that one rank keeps for backward with `images` images of its own, in this layout.
@@ -135,16 +155,20 @@ def activation_bytes(vit: ViTConfig, config: Step, images: int) -> int:
     return min(n, layers) * entry + rest + block
 
 
+def moments(config: Step) -> int:
+    """The optimizer's tensors beside each weight."""
+    return 2 if config.optimizer == "adamw" else int(config.momentum > 0)
+
+
 def memory_plan(vit: ViTConfig, config: Step, tp: int, dp: int, micro: int) -> dict:
     """Bytes per rank by part, for rank 0 of a tp x dp layout; nothing is allocated."""
     grid = Grid(Axis(0, tp), Axis(0, dp), Axis(0, tp * dp))
     with torch.device("meta"):
         model = ViT(vit, grid)
     buckets = [bucket for unit in plan_buckets(model, grid) for bucket in unit]
-    moments = 2 if config.optimizer == "adamw" else (1 if config.momentum else 0)
     return {"weights": sum(_block(b.numel * (2 if config.o2 else 4)) for b in buckets),
             "gradients": sum(_block(b.numel * 4) for b in buckets),
-            "masters and moments": (moments + config.o2) * sum(
+            "masters and moments": (moments(config) + config.o2) * sum(
                 _block((b.end - b.begin) * 4) for b in buckets),
             "activations": activation_bytes(vit, config, micro // tp)}
 
@@ -183,7 +207,9 @@ def dry_run(config: TrainConfig, vit: ViTConfig, train_set, val_set, total_steps
     plan = memory_plan(vit, config, tp, dp, micro)
     parts = " + ".join(f"{name} {size / gib:.2f}" for name, size in plan.items())
     print(f"memory       {sum(plan.values()) / gib:.2f} GiB per rank on {device} = {parts}")
-    print(f"checkpoint   {vit.num_params * 4 * 3 / gib:.2f} GiB at most")
+    saved = vit.num_params * 4 * (1 + moments(config)) / gib
+    print(f"checkpoint   {saved:.2f} GiB; to write it beside the training, {saved / (tp * dp):.2f} "
+          f"GiB of host memory per rank")
     legal_tp, step = legal_tensor_parallel_sizes(vit), micro_batch_step(config, vit)
     print(f"legal --tensor-parallel-size  {', '.join(map(str, legal_tp))}")
     print(f"legal --micro-batch-size      "

@@ -13,11 +13,13 @@ the loss is computed in fp32. bf16-O2 is NeMo's megatron_amp_O2.
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 import time
 import traceback
 from collections import deque
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -92,30 +94,35 @@ def run_program(main) -> None:
 
 
 class StopSignal:
-    """SIGTERM or SIGINT to any rank stops all of them at the same point.
+    """SIGTERM or SIGINT to any rank stops all of them at the same point; and at which step's
+    checkpoint all ranks have arrived.
 
     poll() is called once a step or batch. It starts an all-reduce of a small host tensor and
     returns the result of the one that the previous call started, so nothing waits for it.
     """
 
     def __init__(self, grid: Grid):
-        self.grid, self.name, self.work, self.agreed = grid, None, None, False
+        self.grid, self.name, self.work, self.agreed, self.written = grid, None, None, False, 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         self.name = signal.Signals(number).name
 
-    def poll(self) -> bool:
-        """Whether to stop, the same on all ranks; once it is so it stays so (`agreed`)."""
+    def poll(self, written: int = 0) -> bool:
+        """Whether to stop, the same on all ranks; once it is so it stays so (`agreed`).
+
+        written: the step of the latest checkpoint that this rank has written its part of; the least
+        of all ranks is then `self.written`.
+        """
         if self.grid.world.size == 1:
-            self.agreed = self.name is not None
+            self.agreed, self.written = self.name is not None, written
             return self.agreed
         if self.work is not None:
             self.work.wait()
-            self.agreed = self.agreed or bool(self.flag)
-        self.flag = torch.tensor(int(self.name is not None))
-        self.work = dist.all_reduce(self.flag, async_op=True)
+            self.agreed, self.written = self.agreed or bool(self.flags[0]), -int(self.flags[1])
+        self.flags = torch.tensor([int(self.name is not None), -written])
+        self.work = dist.all_reduce(self.flags, dist.ReduceOp.MAX, async_op=True)
         return self.agreed
 
 
@@ -124,7 +131,7 @@ class Run:
     """What the parts of a command share: its settings, where this process stands, what it prints.
 
     accumulation: micro-batches of a step; total_steps, start_step and start_image: of the schedule,
-    known once the data and the checkpoint are.
+    known once the data and the checkpoint are; shift: what to add to a step for its learning rate.
     """
 
     def __init__(self, config: Compute, vit: ViTConfig, grid: Grid, device: torch.device, *,
@@ -132,7 +139,7 @@ class Run:
         self.config, self.vit, self.grid, self.device = config, vit, grid, device
         self.local_batch, self.accumulation = micro_batch // grid.tp.size, accumulation
         self.peak, self.total_steps = peak_flops(device), 0
-        self.start_step = self.start_image = 0
+        self.start_step, self.start_image, self.shift = 0, 0, 0.0
         self.log, self.stop, self.upload = Log(grid), StopSignal(grid), Upload(device)
         self.normalize = normalize
         if uses_compile(config, device):
@@ -264,6 +271,20 @@ def memory_gib(optimizer: ShardedOptimizer) -> float:
         return (torch.cuda.max_memory_allocated() + shared) / 2**30
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def host_memory_room() -> float:
+    """Bytes of host memory that each process of this machine may take: 90 % of what the machine, or
+    the control group of the job, can still give; 0 where it does not tell."""
+    free, group = 0.0, Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, IndexError, TypeError):
+        meminfo = Path("/proc/meminfo").read_text()
+        free = int(re.search(r"MemAvailable: *(\d+) kB", meminfo)[1]) * 1024
+        group /= Path("/proc/self/cgroup").read_text().split("::")[1].strip().lstrip("/")
+        most = int((group / "memory.max").read_text())  # ValueError if it is the word max
+        cached = re.search(r"^file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+        free = min(free, most - int((group / "memory.current").read_text()) + int(cached[1]))
+    return 0.9 * free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -37,6 +37,7 @@ import data
 import evaluate
 import model as model_module
 import parallel
+import resume
 import train
 import weights as weights_module
 from configs import (
@@ -108,12 +109,12 @@ class Operations(TorchDispatchMode):
 MAY_IMPORT = {
     "flags": "", "configs": "flags", "parallel": "configs", "model": "configs parallel",
     "augment": "configs", "data": "configs augment", "checkpoint": "configs parallel",
-    "plan": "configs parallel model", "meter": "configs parallel data",
+    "resume": "checkpoint", "plan": "configs parallel model", "meter": "configs parallel data",
     "runtime": "configs parallel model augment data meter",
     "evaluate": "configs parallel model augment data checkpoint plan meter runtime weights",
     "weights": "configs parallel model checkpoint",
-    "train": "configs parallel model augment data checkpoint plan meter runtime evaluate weights "
-             "report",
+    "train": "configs parallel model augment data checkpoint resume plan meter runtime evaluate "
+             "weights report",
     "report": "configs parallel model checkpoint runtime evaluate",
     "kernels": "configs parallel model", "peer": "configs parallel model",
     "benchmark": "configs parallel model augment data checkpoint plan meter runtime train"}
@@ -1109,31 +1110,32 @@ def test_a_run_resumes_from_the_newest_complete_checkpoint(damaged, tmp_path):
     """auto: that one, and a line for each that is not complete, with the reason; a path: the same
     below it, or itself; none: nothing, and no mixing with what is there. Fresh where nothing is."""
     optimizer, one, two, three, four = damaged
-    found, lines = checkpoint.find_resume(str(tmp_path), "auto")
-    assert found == one and len(lines) == 3
+    found, lines = resume.find_resume(str(tmp_path), "auto")
+    assert found == [one] and len(lines) == 3
     for line, (directory, words) in zip(lines, [
-            (two, "meta.json cannot be read"), (three, "has None bytes"), (four, "has 100 bytes")]):
+            (four, "has 100 bytes"), (three, "rank_00000.pt is missing"),
+            (two, "meta.json cannot be read: No such file")]):
         assert line.startswith(f"skipping an incomplete checkpoint: {directory}") and words in line
     five = checkpoint.save_checkpoint(one.parent, 5, optimizer, {})
-    assert checkpoint.find_resume(str(tmp_path), "auto")[0] == five
-    assert checkpoint.find_resume("elsewhere", str(tmp_path)) == (five, [])
-    assert checkpoint.find_resume("elsewhere", str(one)) == (one, [])
-    assert checkpoint.find_resume(str(tmp_path / "new"), "auto") == (None, [])
-    assert checkpoint.find_resume(str(tmp_path / "new"), "none") == (None, [])
+    assert resume.find_resume(str(tmp_path), "auto")[0] == [five, one]
+    assert resume.find_resume("elsewhere", str(tmp_path)) == ([five], [])
+    assert resume.find_resume("elsewhere", str(one)) == ([one], [])
+    assert resume.find_resume(str(tmp_path / "new"), "auto") == ([], [])
+    assert resume.find_resume(str(tmp_path / "new"), "none") == ([], [])
     for path, words in [("none", "would mix a new run"), (str(four), "not a complete checkpoint"),
                         (str(tmp_path / "no"), "is no directory")]:
         with pytest.raises(ValueError, match=words):
-            checkpoint.find_resume(str(tmp_path), path)
+            resume.find_resume(str(tmp_path), path)
 
 
 def test_too_little_room_is_an_error_before_the_first_step(tmp_path):
     """A checkpoint that cannot fit, an output directory that cannot be written; and no trace."""
     with pytest.raises(ValueError, match="GiB free; one checkpoint of this model takes 1024.0 GiB"):
-        checkpoint.check_room(tmp_path, 2**40)
+        resume.check_room(tmp_path, 2**40)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
-        checkpoint.check_room(tmp_path / "file", 0)
-    checkpoint.check_room(tmp_path, 1)
+        resume.check_room(tmp_path / "file", 0)
+    resume.check_room(tmp_path, 1)
     assert not list((tmp_path / "checkpoints").iterdir())
 
 

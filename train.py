@@ -26,24 +26,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
-from checkpoint import (
-    check_room,
-    check_same_model,
-    find_resume,
-    load_checkpoint,
-    save_checkpoint,
-)
+import resume
+from checkpoint import Saver, load_newest
 from configs import TrainConfig, ViTConfig, parse, stable_seed, to_plain
 from evaluate import score
 from meter import Meter
 from parallel import Grid, on_rank_0
-from plan import dry_run, plan_batch
+from plan import dry_run, moments, plan_batch, run_length
 from runtime import (
     Run,
     build_model,
     build_optimizer,
     device_name,
     end_processes,
+    host_memory_room,
     memory_gib,
     run_program,
     start_processes,
@@ -52,7 +48,7 @@ from runtime import (
 
 
 # ----------------------------------------------------------------------------- one step
-def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
+def learning_rate(step: float, config: TrainConfig, total_steps: float) -> float:
     """The rate of step `step` (from 0): a pure function, so a resumed run cannot drift."""
     # 1) linear warm-up from lr / warmup to lr
     if step < config.warmup_steps:
@@ -83,11 +79,12 @@ def train_step(run: Run, model, optimizer, batches, lr: float) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------- the loop
-def train(run: Run, model, optimizer, train_set, val_set) -> None:
+def train(run: Run, model, optimizer, saver: Saver, start: "Start", train_set, val_set) -> None:
     """Trains from run.start_step to run.total_steps, or to a signal; logs, evaluates, saves."""
-    config, step, saved, result = run.config, run.start_step, None, None
-    run.log.open(Path(config.output_dir), step, run.total_steps, config.tensorboard)
-    meter = Meter(run, train_set, partial(memory_gib, optimizer))
+    config, step, result = run.config, run.start_step, start.meta.get("result")
+    run.log.open(Path(config.output_dir), step, run.total_steps, config.tensorboard,
+                 scored=result is not None)
+    meter = Meter(run, train_set, partial(memory_gib, optimizer), counts=start.meta.get("counts"))
     batches = meter.watch(data.train_loader(
         train_set, config, run.vit.image_hw, run.local_batch, run.grid.world.rank,
         run.grid.world.size, run.start_image, run.total_steps - step, run.device))
@@ -95,26 +92,30 @@ def train(run: Run, model, optimizer, train_set, val_set) -> None:
         val_set, config, run.vit.image_hw, run.local_batch, run.grid.world.rank,
         run.grid.world.size, run.device)
     model.train()
-    while step < run.total_steps and not run.stop.poll() and not meter.error:
+    if step and result is None and due(config.eval_interval, step, run):  # a signal cut it off
+        with meter.paused():
+            result = saver.scored(score(run, model, val_loader, val_set, step))
+    while step < run.total_steps and not run.stop.poll(saver.written) and not meter.error:
+        saver.publish(run.stop.written)
         # Dropout of a step depends on (seed, step, rank) only: nothing to save for a resume.
         torch.manual_seed(stable_seed(config.seed, "dropout", step, run.grid.world.rank))
-        lr = learning_rate(step, config, run.total_steps)
+        lr = learning_rate(step + run.shift, config, run.total_steps + run.shift)
         values = train_step(run, model, optimizer, batches, lr)
-        step += 1
+        step, result = step + 1, None
         meter.put(step, values, lr)
-        if due(config.eval_interval, step, run):
+        evaluates = due(config.eval_interval, step, run)
+        if evaluates:
             with meter.paused():
                 result = score(run, model, val_loader, val_set, step)
-        if due(config.save_interval, step, run):
+        if due(config.save_interval, step, run) or evaluates and config.keep_best:
             with meter.paused():
-                saved = save(run, optimizer, train_set, step)
+                saver.begin(step, facts(run, start, meter, train_set, step, result))
     with meter.paused():  # the meter is one step behind: this reads the last one
         stopped = run.stop.agreed or meter.error is not None
-        if stopped and saved != step_directory(run, step):
-            saved = save(run, optimizer, train_set, step)
-        if not stopped and result is None:  # resumed after the last step
-            result = score(run, model, val_loader, val_set, step)
-    finish(run, meter, step, saved, result)
+        if stopped and saver.step != step and not meter.diverged:
+            saver.begin(step, facts(run, start, meter, train_set, step, result))
+        saver.wait()
+    finish(run, meter, saver, step, result)
 
 
 def due(interval: int, step: int, run: Run) -> bool:
@@ -122,32 +123,28 @@ def due(interval: int, step: int, run: Run) -> bool:
     return step == run.total_steps or bool(interval) and step % interval == 0
 
 
-def step_directory(run: Run, step: int) -> Path:
-    return Path(run.config.output_dir) / "checkpoints" / f"step_{step:08d}"
-
-
-def save(run: Run, optimizer, train_set, step: int) -> Path:
-    meta = dict(images_seen=run.images_seen(step), total_steps=run.total_steps,
-                classes=train_set.classes, vit=to_plain(run.vit), config=to_plain(run.config),
-                torch=torch.__version__,
+def facts(run: Run, start: "Start", meter: Meter, train_set, step: int,
+          result: dict | None) -> dict:
+    """What a checkpoint's meta.json tells of the run; result: of an evaluation of this step."""
+    return dict(images_seen=run.images_seen(step), total_steps=run.total_steps,
+                images=len(train_set), counts=meter.counts(), result=result,
+                begun_from=start.begun_from, classes=train_set.classes, vit=to_plain(run.vit),
+                config=to_plain(run.config), torch=torch.__version__,
                 machine=f"{run.grid.world.size} x {device_name(run.device)}")
-    return save_checkpoint(step_directory(run, step).parent, step, optimizer, meta,
-                           run.config.keep_last)
 
 
-def finish(run: Run, meter: Meter, step: int, saved: Path | None, result: dict | None) -> None:
+def finish(run: Run, meter: Meter, saver: Saver, step: int, result: dict | None) -> None:
     """The last line. Raises RuntimeError if the meter ended the run."""
     run.log.close()
     if meter.error:
-        raise RuntimeError(f"{meter.error}. Saved {saved}")
+        raise RuntimeError(f"{meter.error}. The newest checkpoint: {saver.newest}")
     if run.stop.agreed:
-        run.log.print(f"stopped by {run.stop.name or 'a signal'} at step {step:,}; saved {saved}; "
-                      f"the same command continues")
-    elif result is not None:
+        run.log.print(f"stopped by {run.stop.name or 'a signal'} at step {step:,}; saved "
+                      f"{saver.newest}; the same command continues")
+    else:
         rate = f", {meter.rate():,.0f} images/s" if meter.rate() else ""
-        saved = saved or step_directory(run, step)
         run.log.print(f"done: top-1 {100 * result['val_top1']:.2f} % on {result['val_count']:,} "
-                      f"images{rate}, checkpoint {saved}")
+                      f"images{rate}, checkpoint {saver.newest}")
 
 
 # ----------------------------------------------------------------------------- set-up
@@ -162,21 +159,24 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
         grid, device = ((Grid(), torch.device(device_type)) if config.dry_run
                         else start_processes(config))
         train_set, val_set, vit = open_images(config, vit, given, grid, sources)
-        total_steps = config.max_steps or max(
-            int(config.epochs * len(train_set)) // config.global_batch_size, 1)
         config, vit, start = choose_start(config, vit, given, grid)
         batch = plan_batch(config, vit, world, device_type)  # weights may bring class tokens along
         if config.dry_run:
+            total_steps, _ = run_length(config, len(train_set))
             if int(os.environ.get("RANK", 0)) == 0:
                 dry_run(config, vit, train_set, val_set, total_steps, batch, device_type,
                         partial(learning_rate, config=config, total_steps=total_steps))
             return
-        check_start(config, vit, grid, start, train_set.classes)
+        check_start(config, vit, grid, start, train_set)
         run = Run(config, vit, grid, device, micro_batch=batch[0], accumulation=batch[2])
-        run.total_steps = total_steps
-        model, optimizer, kernels = build(run, start)
-    describe(run, batch, optimizer, train_set, val_set, kernels, start)
-    train(run, model, optimizer, train_set, val_set)
+        model, optimizer, kernels = build(run, start, len(train_set))
+        saver = Saver(Path(config.output_dir) / "checkpoints", optimizer, say=run.log.print,
+                      room=host_memory_room(), keep_last=config.keep_last,
+                      keep_best=config.keep_best)
+        if start.resume:
+            saver.step, saver.newest = run.start_step, start.resume
+    describe(run, batch, optimizer, saver, train_set, val_set, kernels, start)
+    train(run, model, optimizer, saver, start, train_set, val_set)
     end_processes()
     if config.report and grid.world.rank == 0 and not run.stop.agreed:
         import report
@@ -199,40 +199,48 @@ def open_images(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid, so
 
 @dataclass
 class Start:
-    """What a run begins from: a checkpoint to resume, or full weights by name, or neither."""
-    resume: Path | None = None
+    """What a run begins from: checkpoints to resume, or full weights by name, or neither."""
+    candidates: list[Path] = field(default_factory=list)  # the first that is not damaged
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     news: list[str] = field(default_factory=list)  # lines for the log
+    begun_from: str | None = None  # the --resume PATH that this line of training began with
+    resume: Path | None = None     # of the candidates the one that was loaded
+    meta: dict = field(default_factory=dict)  # its meta.json
+    locks: list = field(default_factory=list)  # on rank 0, held until the process ends
 
 
 def choose_start(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid):
     """(config, vit, Start), the configurations with what weights bring along."""
-    resume, news = None, []
+    start = Start()
     if not config.dry_run:
-        resume, news = on_rank_0(grid, lambda: find_resume(config.output_dir, config.resume))
-    if config.init_from is None:
-        if config.recipe == "finetune" and resume is None and not config.dry_run:
+        start.candidates, start.news = on_rank_0(grid, lambda: resume.open_output(
+            config.output_dir, config.resume, start.locks))
+    if config.init_from is None and not start.candidates:
+        if config.recipe == "finetune" and not config.dry_run:
             raise ValueError("--recipe finetune needs --init-from WEIGHTS: a checkpoint or output "
                              "directory of this program, or a file of another library")
-        return config, vit, Start(resume, news=news)
+        return config, vit, start
     import weights
-    if resume:  # the checkpoint has these facts too, and the file may be gone
-        config, vit, _ = weights.adopt(weights.read_weights(resume), config, vit, given)
-        news += [f"--init-from {config.init_from} is not read again: the checkpoint goes on"]
-        return config, vit, Start(resume, news=news)
+    if start.candidates:  # a checkpoint has these facts too, and the file may be gone
+        source = weights.Weights("a checkpoint", {}, resume.facts_of(start.candidates[0]))
+        config, vit, _ = weights.adopt(source, config, vit, given)
+        if config.init_from:
+            start.news.append(f"--init-from {config.init_from} is not read again: the checkpoint "
+                              f"goes on")
+        return config, vit, start
     source = weights.read_weights(config.init_from, config.init_image_size)
     config, vit, taken = weights.adopt(source, config, vit, given)
-    fitted, report = weights.fit_weights(source, vit)
-    news += [f"weights of {config.init_from} ({source.format}): {'; '.join(report)}",
-             "with them: " + ", ".join(f"{k} {v}" for k, v in taken.items())]
-    return config, vit, Start(weights=fitted, news=news)
+    start.weights, report = weights.fit_weights(source, vit)
+    start.news += [f"weights of {config.init_from} ({source.format}): {'; '.join(report)}",
+                   "with them: " + ", ".join(f"{k} {v}" for k, v in taken.items())]
+    return config, vit, start
 
 
-def check_start(config: TrainConfig, vit: ViTConfig, grid: Grid, start: Start,
-                classes: list[str]) -> None:
+def check_start(config: TrainConfig, vit: ViTConfig, grid: Grid, start: Start, train_set) -> None:
     """Raises ValueError for an output directory or a checkpoint that this run cannot use."""
-    output = Path(config.output_dir)
-    on_rank_0(grid, lambda: check_room(output, vit.num_params * 4 * 3))
+    output, limit = Path(config.output_dir), os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+    need = vit.num_params * 4 * (1 + moments(config))
+    start.news += on_rank_0(grid, lambda: resume.check_room(output, need, float(limit)))
     if not (output / "checkpoints").is_dir():
         raise ValueError(f"--output-dir {output} is not shared by all nodes: rank "
                          f"{grid.world.rank} does not see what rank 0 created")
@@ -241,26 +249,34 @@ def check_start(config: TrainConfig, vit: ViTConfig, grid: Grid, start: Start,
             importlib.import_module("torch.utils.tensorboard")
         except Exception as e:
             raise ValueError(f"--tensorboard needs `pip install tensorboard`: {e}") from e
-    if start.resume:
-        check_same_model(start.resume, to_plain(vit), classes, config.data)
+    if start.candidates:
+        start.news += resume.check_same_model(
+            start.candidates[0], to_plain(vit), to_plain(config), train_set.classes, len(train_set))
 
 
-def build(run: Run, start: Start):
-    """(model, optimizer, what the log says of their kernels); sets where the run begins."""
-    seed = run.config.seed if start.resume is None else None  # None: nothing is drawn
+def build(run: Run, start: Start, images: int):
+    """(model, optimizer, what the log says of their kernels); sets where the run begins, ends."""
+    seed = None if start.candidates else run.config.seed  # None: nothing is drawn
     model, kernels = build_model(run, seed, loaded=start.weights)
     if start.weights:
         import weights
         weights.load_weights(model, start.weights)
         start.weights = {}  # gives the memory back
     optimizer, exchange = build_optimizer(run, model)
-    if start.resume:
-        meta = load_checkpoint(start.resume, optimizer)
-        run.start_step, run.start_image = meta["step"], meta["images_seen"]
+    if start.candidates:
+        start.resume, start.meta, news = load_newest(start.candidates, optimizer)
+        start.news += news
+        run.start_step, run.start_image = start.meta["step"], start.meta["images_seen"]
+        if start.meta.get("images", images) != images:  # other images have these numbers
+            start.meta["counts"] = {**start.meta["counts"], "unreadable": []}
+    run.total_steps, run.shift = run_length(run.config, images, run.start_step, run.start_image)
+    start.begun_from = resume.begun_from(run.config.output_dir, run.config.resume, start.meta)
+    start.news += on_rank_0(run.grid, lambda: resume.set_aside(Path(run.config.output_dir),
+                                                               run.start_step))
     return model, optimizer, kernels + exchange
 
 
-def describe(run: Run, batch: tuple, optimizer, train_set, val_set, kernels: str,
+def describe(run: Run, batch: tuple, optimizer, saver: Saver, train_set, val_set, kernels: str,
              start: Start) -> None:
     """What will run, before it does."""
     config, vit, grid, log = run.config, run.vit, run.grid, run.log
@@ -272,15 +288,19 @@ def describe(run: Run, batch: tuple, optimizer, train_set, val_set, kernels: str
               f"{accumulation}; tp {grid.tp.size}, {grid.world.size} x {device_name(run.device)}")
     log.print(f"data {config.data}: {len(train_set):,} training and {len(val_set):,} validation "
               f"images; {run.total_steps:,} steps = "
-              f"{run.total_steps * config.global_batch_size / len(train_set):,.1f} epochs")
+              f"{run.images_seen(run.total_steps) / len(train_set):,.1f} epochs")
     log.print(f"precision {config.precision}, {kernels}")
     log.print(f"weight decay {config.weight_decay} on {len(decay)} matrices, none on "
               f"{len(no_decay)} biases, norms, tokens and positions")
+    log.print(saver.note)
     if config.warmup_steps >= run.total_steps:
         log.print(f"note: --warmup-steps {config.warmup_steps:,} is no shorter than the run; the "
                   f"peak --lr {config.lr} is not reached")
-    log.print(f"resuming from {start.resume}: step {run.start_step:,}, image {run.start_image:,}"
-              if start.resume else "starting fresh: no checkpoint to resume from")
+    if start.resume:
+        start.news += [f"resuming from {start.resume}: step {run.start_step:,}, image "
+                       f"{run.start_image:,}", *resume.notes(start.meta, run.total_steps)]
+    elif not config.init_from:
+        start.news.append("starting fresh: no checkpoint to resume from")
     for line in start.news:
         log.print(line)
 
