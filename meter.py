@@ -40,14 +40,14 @@ class Log:
             for line in path.read_text().splitlines():
                 with contextlib.suppress(ValueError, KeyError):  # a line cut by a crash
                     values = json.loads(line)
-                    last = start_step - ("val_loss" in values and not scored)
-                    if values["step"] <= last:
+                    again = "resumed" in values or "val_loss" in values and not scored
+                    if values["step"] <= start_step - again:
                         kept.append(line + "\n")
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
         self.file = open(path, "a", buffering=1)
-        if start_step:
+        if 0 < start_step < total_steps:
             self.file.write(json.dumps({"step": start_step, "resumed": True}) + "\n")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
