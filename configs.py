@@ -45,13 +45,20 @@ class ViTConfig:
     num_channels: int = flag(3, "channels of an image", POSITIVE)
     num_classes: int = flag(1000, "classes of the head (default: those of the data)", POSITIVE)
     num_class_tokens: int = flag(8, "learned tokens before the patches; token 0 is the output",
-                                 POSITIVE)
+                                 NOT_NEGATIVE)
+    pool: Literal["token", "mean"] = flag("token", "what the head reads: token 0, or the patches' "
+                                          "mean (timm's global_pool; --num-class-tokens may be 0)")
+    fc_norm: bool = flag(False, "norm of the mean instead of every token (as MAE)", pool="mean")
+    layerscale: float = flag(0.0, "LayerScale's first factors, e.g. 1e-5 (DeiT-III); 0: none",
+                             NOT_NEGATIVE)
+    pre_norm: bool = flag(False, "a LayerNorm before the blocks (as CLIP)")
     hidden_dropout: float = flag(0.1, "dropout after the embedding and before each residual add",
                                  BELOW_ONE)
     attention_dropout: float = flag(0.0, "dropout of the attention probabilities", BELOW_ONE)
     drop_path_rate: float = flag(0.0, "stochastic depth of the last block (linear from 0)",
                                  BELOW_ONE)
-    gelu_approximate: Literal["none", "tanh"] = flag("none", "none: exact GELU; tanh: faster")
+    gelu_approximate: Literal["none", "tanh", "quick"] = flag(
+        "none", "none: exact GELU; tanh: faster; quick: x sigmoid(1.702 x), as CLIP")
     layernorm_eps: float = flag(1e-6, "epsilon of every LayerNorm (NeMo 1e-5, timm 1e-6)")
     head: Literal["mlp", "linear"] = flag("mlp", "mlp: linear, tanh, linear (pretraining); linear")
 
@@ -61,6 +68,8 @@ class ViTConfig:
             raise ValueError(
                 f"--hidden-size {self.hidden_size} must be divisible by --num-attention-heads "
                 f"{self.num_attention_heads}; legal heads: {divisors(self.hidden_size)}")
+        if self.pool == "token" and not self.num_class_tokens:
+            raise ValueError("--num-class-tokens 0 leaves no token 0 to read: give --pool mean")
         p = self.patch_size
         for side in self.image_hw:
             if side <= 0 or side % p:
@@ -102,18 +111,21 @@ class ViTConfig:
         """All parameters of the model, head included."""
         d, f, c = self.hidden_size, self.ffn_hidden_size, self.num_classes
         block = (4 * d * d + 4 * d) + (2 * d * f + f + d) + 4 * d  # attention, MLP, two LayerNorms
+        block += 2 * d if self.layerscale else 0
         embedding = (self.patch_dim + 1) * d + (self.num_class_tokens + self.seq_length) * d
         head = (d * d + d if self.head == "mlp" else 0) + d * c + c
-        return embedding + self.num_layers * block + 2 * d + head
+        return embedding + self.num_layers * block + 2 * d * (1 + self.pre_norm) + head
 
     @property
     def flops_per_image(self) -> int:
         """Floating-point operations of one image's forward pass: the matrix products and attention
         that are computed (a multiply-add is 2); of the last block keys and values of all tokens,
-        the rest of one. A training step costs three times this, without recomputation."""
+        the rest of one, unless the head reads their mean. A training step costs three times this,
+        without recomputation."""
         s, d, f = self.seq_length, self.hidden_size, self.ffn_hidden_size
         block = 2 * s * (4 * d * d + 2 * d * f) + 4 * s * s * d
         last = 4 * s * d * d + 2 * (2 * d * d + 2 * d * f) + 4 * s * d
+        last = last if self.pool == "token" else block
         head = 2 * d * self.num_classes + (2 * d * d if self.head == "mlp" else 0)
         embedding = 2 * self.num_patches * d * self.patch_dim
         return embedding + (self.num_layers - 1) * block + last + head
@@ -288,7 +300,8 @@ class Untold:
         None, "image size of the weights, where they do not tell and are not square")
     num_attention_heads: int | None = flag(None, "attention heads", POSITIVE)
     layernorm_eps: float | None = flag(None, "epsilon of every LayerNorm")
-    gelu_approximate: Literal["none", "tanh"] | None = flag(None, "none: exact GELU; tanh")
+    gelu_approximate: Literal["none", "tanh", "quick"] | None = flag(None, "none: exact; tanh; "
+                                                                     "quick: CLIP's")
     mean: tuple[float, float, float] | None = flag(None, "pixel mean, R,G,B")
     std: tuple[float, float, float] | None = flag(None, "pixel deviation, R,G,B")
     crop_ratio: float | None = flag(None, "image side / resized shorter side", SHARE)
@@ -400,6 +413,7 @@ def parse(cls, argv: list[str] | None = None) -> tuple:
     config, vit = (replace(old, **{f.name: values[f.name] for f in fields(old) if f.name in values})
                    for old in (cls(), shape))
     check_only(config, given)
+    check_only(vit, given)
     return config, vit, given
 
 

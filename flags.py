@@ -35,10 +35,10 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def unknown(what: str, value: str, known) -> str:
+def unknown(what: str, value: str, known, listed: bool = True) -> str:
     near = difflib.get_close_matches(value, known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    return f"{what} {value!r} is unknown; known: {', '.join(known)}.{hint}"
+    return f"{what} {value!r} is unknown{'; known: ' + ', '.join(known) if listed else ''}.{hint}"
 
 
 def check(config) -> None:

@@ -33,7 +33,9 @@ def apply(model: ViT, *, attention: str | None = None, fp8: bool = False,
     attention: a key of BACKENDS, triton or flash-attn (choose_attention), or None: torch's choice.
     fp8: the blocks' products in training are Fp8Linear's; weights in bf16. fused: FusedBlock.
     """
-    for block in model.blocks[:-1]:  # the last one's products are small, and of any number of rows
+    for block in model.blocks:
+        if isinstance(block, LastBlock):  # its products are small, and of any number of rows
+            continue
         attn, mlp = block.attn, block.mlp
         if attention is not None:
             attn.__class__, attn.kernel = ATTENTION.get(attention, SdpaAttention), attention
@@ -108,9 +110,9 @@ class FusedBlock(Block):
         x, y, seed = stream
         seeds = [seed := seed + GOLDEN_RATIO for _ in range(4)]
         x = x + self.dropped(y, seeds[0])
-        y = self.dropped(self.path(self.attn(self.norm1(x)), seeds[1]), seeds[2])
+        y = self.dropped(self.path(self.ls1(self.attn(self.norm1(x))), seeds[1]), seeds[2])
         x = x[:, :self.tokens] + y
-        return x, self.path(self.mlp(self.norm2(x)), seeds[3]), seed
+        return x, self.path(self.ls2(self.mlp(self.norm2(x))), seeds[3]), seed
 
     def dropped(self, y, seed):
         return dropout(y, self.drop.rate, seed) if self.training and self.drop.rate else y

@@ -4,10 +4,14 @@
     block   x = x + attention(norm1(x));  x = x + mlp(norm2(x))      each half: drop path, dropout
     output  logits = head(norm(x[token 0])); so the last block computes token 0 only
 
+What other ViTs have is there where their config says so: LayerScale (a factor on each feature of
+attention's and the MLP's result), a norm before the blocks, the patches' mean instead of token 0.
+
 Parameter names and shapes are timm's, so that a public checkpoint loads with no mapping and ours
 opens there: cls_token, pos_embed, patch_embed.proj, blocks.N.{norm1, attn.qkv, attn.proj, norm2,
-mlp.fc1, mlp.fc2}, norm, head; the pretraining head of NeMo and the paper (linear, tanh, linear) has
-its hidden layer in pre_logits.fc. With 8 class tokens, as in NeMo, cls_token is [1, 8, D].
+mlp.fc1, mlp.fc2}, norm, head, and where there are any ls1, ls2, norm_pre, fc_norm; the pretraining
+head of NeMo and the paper (linear, tanh, linear) has its hidden layer in pre_logits.fc. With 8
+class tokens, as in NeMo, cls_token is [1, 8, D].
 
 Letters: B images, S tokens = class tokens + N patches of side p, C channels, D hidden size, F width
 of the MLP, nh heads of hd = D / nh, t tensor-parallel size. With t > 1 a rank holds b images in the
@@ -94,6 +98,8 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))                                 # [b, S, D]
 
     def act(self, x):                                                          # [t*b, S, F/t]
+        if self.approximate == "quick":
+            return x * torch.sigmoid(1.702 * x)
         return F.gelu(x, approximate=self.approximate)
 
 
@@ -124,6 +130,17 @@ class DropPath(nn.Module):
         return x * kept / (1 - self.rate)
 
 
+class LayerScale(nn.Module):
+    """A factor for each feature, which begins small (arXiv:2103.17239)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, x):                                                      # [b, S, D]
+        return x * self.gamma.to(x.dtype)
+
+
 class Block(nn.Module):
     """x + attention(norm1(x)), then x + mlp(norm2(x)), both on this rank's images [b, S, D]."""
 
@@ -135,11 +152,13 @@ class Block(nn.Module):
         self.attn = self.attention(config, tp)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layernorm_eps)
         self.mlp = Mlp(config, tp)
+        self.ls1, self.ls2 = (LayerScale(config.hidden_size) if config.layerscale else
+                              nn.Identity() for _ in range(2))
         self.drop, self.drop_path = Dropout(config.hidden_dropout), DropPath(drop_path)
 
     def forward(self, x):
-        x = x + self.drop(self.drop_path(self.attn(self.norm1(x))))
-        x = x + self.drop(self.drop_path(self.mlp(self.norm2(x))))
+        x = x + self.drop(self.drop_path(self.ls1(self.attn(self.norm1(x)))))
+        x = x + self.drop(self.drop_path(self.ls2(self.mlp(self.norm2(x)))))
         return x
 
 
@@ -150,8 +169,8 @@ class LastBlock(Block):
 
     def forward(self, x):
         x, y = x[:, :1], self.norm1(x)                                         # token 0, all tokens
-        x = x + self.drop(self.drop_path(self.attn(y)))
-        x = x + self.drop(self.drop_path(self.mlp(self.norm2(x))))
+        x = x + self.drop(self.drop_path(self.ls1(self.attn(y))))
+        x = x + self.drop(self.drop_path(self.ls2(self.mlp(self.norm2(x)))))
         return x
 
 
@@ -177,17 +196,22 @@ class ViT(nn.Module):
         super().__init__()
         self.config, self.grid = config, grid
         layers, d = config.num_layers, config.hidden_size
-        self.cls_token = nn.Parameter(torch.empty(1, config.num_class_tokens, d))
+        norm = partial(nn.LayerNorm, d, eps=config.layernorm_eps)
+        self.cls_token = (nn.Parameter(torch.empty(1, config.num_class_tokens, d))
+                          if config.num_class_tokens else None)
         self.pos_embed = nn.Parameter(torch.empty(1, config.seq_length, d))
         self.patch_embed = PatchEmbed(config)
+        self.norm_pre = norm() if config.pre_norm else nn.Identity()
         self.drop = Dropout(config.hidden_dropout)
         rates = [config.drop_path_rate * i / max(layers - 1, 1) for i in range(layers)]
+        last = LastBlock if config.pool == "token" else Block
         self.blocks = nn.Sequential(*(Block(config, grid.tp, rate) for rate in rates[:-1]),
-                                    LastBlock(config, grid.tp, rates[-1]))
-        self.norm = nn.LayerNorm(d, eps=config.layernorm_eps)
+                                    last(config, grid.tp, rates[-1]))
+        self.norm, self.fc_norm = ((nn.Identity(), norm()) if config.fc_norm else
+                                   (norm(), nn.Identity()))
         self.pre_logits = PreLogits(d) if config.head == "mlp" else nn.Identity()
         self.head = nn.Linear(d, config.num_classes)
-        if seed is not None and not self.cls_token.is_meta:
+        if seed is not None and not self.pos_embed.is_meta:
             self.init_weights(seed)
 
     def forward(self, images):
@@ -196,12 +220,17 @@ class ViT(nn.Module):
 
     def embed(self, images):
         patches = self.patch_embed(images)                                     # [B, N, D]
-        tokens = self.cls_token.expand(len(patches), -1, -1).to(patches.dtype)
-        return torch.cat([tokens, patches], dim=1) + self.pos_embed            # [B, S, D]
+        if self.cls_token is not None:
+            tokens = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
+            patches = torch.cat([tokens, patches], dim=1)
+        return self.norm_pre(patches + self.pos_embed)                         # [B, S, D]
 
-    def output(self, x):                                                       # [B, 1, D] token 0
-        x = self.norm(x[:, 0])                                                 # [B, D]
-        return self.head(self.pre_logits(x))                                   # [B, num_classes]
+    def output(self, x):                                    # [B, 1, D] token 0, or all, [B, S, D]
+        if self.config.pool == "token":
+            x = self.norm(x[:, 0])                                             # [B, D]
+        else:
+            x = self.norm(x[:, self.config.num_class_tokens:]).mean(1)         # [B, D]
+        return self.head(self.pre_logits(self.fc_norm(x)))                     # [B, num_classes]
 
     @torch.no_grad()
     def init_weights(self, seed: int, loaded=()) -> None:
@@ -221,6 +250,8 @@ class ViT(nn.Module):
             full = torch.empty(full_shape(param, self.grid.tp), device="cpu")
             if "norm" in name and name.endswith("weight"):
                 full.fill_(1.0)
+            elif name.endswith("gamma"):
+                full.fill_(self.config.layerscale)
             elif name.endswith("bias") or name == "cls_token" or loaded and name == "head.weight":
                 full.zero_()
             elif name in ("patch_embed.proj.weight", "pre_logits.fc.weight"):
@@ -233,7 +264,8 @@ class ViT(nn.Module):
         """What the weights are gathered and reduced by, in the order of the forward pass: a module
         whose forward is the first to use them, and they by name: embedding, blocks, head."""
         named = dict(self.named_parameters())
-        last = {n: p for n, p in named.items() if n.startswith(("norm", "pre_logits", "head"))}
+        ends = ("norm.", "fc_norm.", "pre_logits.", "head.")
+        last = {n: p for n, p in named.items() if n.startswith(ends)}
         blocks = [(block, {f"blocks.{i}.{n}": p for n, p in block.named_parameters()})
                   for i, block in enumerate(self.blocks)]
         first = {n: p for n, p in named.items() if n not in last and not n.startswith("blocks.")}

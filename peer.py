@@ -17,7 +17,7 @@ from collections import deque
 
 import torch
 
-from model import KEPT, ViT
+from model import KEPT, LastBlock, ViT
 from parallel import FUNCTIONAL, Axis, Collectives, Grid, all_gather_object, plan_buckets
 
 
@@ -86,7 +86,9 @@ def apply(model: ViT, device: torch.device, wanted: bool | None, gpus=None) -> b
     first, *_ = model.blocks
     attention = type("VisitingAttention", (AttentionVisits, type(first.attn)), {})
     mlp = type("VisitingMlp", (MlpVisits, type(first.mlp)), {})
-    for block in model.blocks[:-1]:  # the last one sends one token an image back: too little
+    for block in model.blocks:
+        if isinstance(block, LastBlock):  # it sends one token an image back: too little
+            continue
         block.attn.__class__, block.mlp.__class__ = attention, mlp
     return True
 

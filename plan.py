@@ -124,35 +124,42 @@ def activation_bytes(vit: ViTConfig, config: Step, images: int) -> int:
     outputs, gathered over tp, 2tD; q, k, v and attention's output 4D; the MLP's hidden layer before
     and after GELU 2F; a byte for each of two dropout masks. With fp8 products, the products'
     inputs, (2t + 1)D + F, are kept in a byte an element, and the weights' transposed. Of the last
-    block norm1's input and output, k, v and a mask: (3 + t)D.
+    block norm1's input and output, k, v and a mask: (3 + t)D; where the head reads the mean, as of
+    any. LayerScale keeps what it multiplies, 2D; a norm of all tokens outside the blocks, D.
 
     Selective keeps the block's inputs x and y, qkv, attention's output, proj's and fc1's, 7D + F;
     where images visit, which is assumed if --tp-comm-overlap allows it, proj's in t parts,
-    (6 + t)D + F; of the last block x, y, k and v. Full keeps x and y. Both keep what a block or run
-    of blocks keeps by itself while backward is in it. (Compiled; eager selective keeps partial sums
-    of row products as well.)
+    (6 + t)D + F, and D for LayerScale; of the last block x, y, k and v. Full keeps x and y. Both
+    keep what a block or run of blocks keeps by itself while backward is in it. (Compiled; eager
+    selective keeps partial sums of row products as well.)
     """
     d, f, t = vit.hidden_size, vit.ffn_hidden_size, config.tensor_parallel_size
     element = 4 if config.precision == "fp32" else 2
     masks = 2 * d if vit.hidden_dropout else 0
     tokens = images * vit.seq_length
-    block = tokens * (element * (6 * d + 2 * t * d + 2 * f) + masks)
-    last = tokens * (element * (3 + t) * d + masks // 2)  # not in fp8
+    scale = element * d if vit.layerscale else 0
+    block = tokens * (element * (6 * d + 2 * t * d + 2 * f) + masks + 2 * scale)
     if config.fp8:
-        block = tokens * (2 * (6 * d + f) + (2 * t + 1) * d + f + masks) + 2 * d * (2 * d + f) // t
+        block = (tokens * (2 * (6 * d + f) + (2 * t + 1) * d + f + masks + 2 * scale)
+                 + 2 * d * (2 * d + f) // t)
     parts = 1 if config.fp8 or config.tp_comm_overlap is False else t
-    selective = tokens * element * ((6 + parts) * d + f)
+    selective = tokens * (element * ((6 + parts) * d + f) + scale)
+    last, last_selective = block, selective
+    if vit.pool == "token":
+        last = tokens * (element * (3 + t) * d + masks // 2)  # not in fp8
+        last_selective = tokens * element * 4 * d
     entry = tokens * 2 * element * d
+    norms = tokens * element * d * (vit.pre_norm + (vit.pool == "mean" and not vit.fc_norm))
     layers, n = vit.num_layers, config.checkpoint_num_layers
     if config.activation_checkpointing == "none":
-        return (layers - 1) * block + last
+        return norms + (layers - 1) * block + last
     if config.activation_checkpointing == "selective":
-        return (layers - 1) * selective + tokens * element * 4 * d + block - selective
+        return norms + (layers - 1) * selective + last_selective + block - selective
     if config.checkpoint_method == "uniform":
         run = n * block if n < layers else (layers - 1) * block + last
-        return math.ceil(layers / n) * entry + run
+        return norms + math.ceil(layers / n) * entry + run
     rest = (layers - n - 1) * block + last if n < layers else 0
-    return min(n, layers) * entry + rest + block
+    return norms + min(n, layers) * entry + rest + block
 
 
 def moments(config: Step) -> int:

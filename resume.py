@@ -23,6 +23,7 @@ from checkpoint import (
     read_meta,
     write_synced,
 )
+from configs import ViTConfig, to_plain
 
 try:
     import fcntl
@@ -170,7 +171,8 @@ def check_same_model(directory: Path, vit: dict, config: dict, classes: list[str
     pixels: ValueError. Returns notes on what may differ."""
     meta = read_meta(directory)
     free = ("hidden_dropout", "attention_dropout", "drop_path_rate")
-    pairs = [(key, meta["vit"].get(key), value) for key, value in vit.items() if key not in free]
+    saved = to_plain(ViTConfig()) | meta["vit"]  # a field that came later: its default
+    pairs = [(key, saved[key], value) for key, value in vit.items() if key not in free]
     pairs += [(key, meta["config"].get(key), config[key]) for key in ("mean", "std")]
     differ = [f"{key} {old} (this run: {new})" for key, old, new in pairs if old != new]
     if differ:

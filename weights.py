@@ -23,7 +23,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import hub
 from checkpoint import CheckpointTensors, newest_checkpoint, read_meta, write_atomically
 from configs import MODELS, ConvertConfig, TrainConfig, ViTConfig, parse
 from model import ViT
@@ -42,7 +43,7 @@ from parallel import shard
 # (their name, ours), replaced as text; timm's names are ours. The last group of a format is what
 # other versions of the library write. `.attn.q. .attn.k. .attn.v.` are then fused to `.attn.qkv.`.
 NAMES = {
-    "timm": [],
+    "timm": [("reg_token", "reg_token"), ("register_tokens", "reg_token")],  # DINOv2's own files
     "torchvision": [
         ("class_token", "cls_token"), ("encoder.pos_embedding", "pos_embed"),
         ("conv_proj.", "patch_embed.proj."), ("encoder.layers.encoder_layer_", "blocks."),
@@ -66,6 +67,17 @@ NAMES = {
         ("vit.layers.", "blocks."), (".attention.q_proj.", ".attn.q."),  # transformers 5, in memory
         (".attention.k_proj.", ".attn.k."), (".attention.v_proj.", ".attn.v."),
         (".attention.o_proj.", ".attn.proj."),
+        ("vit.embeddings.register_tokens", "reg_token"),                          # DINOv2, DeiT
+        ("vit.embeddings.distillation_token", "dist_token"),
+        (".layer_scale1.lambda1", ".ls1.gamma"), (".layer_scale2.lambda1", ".ls2.gamma"),
+        ("vit.embeddings.class_embedding", "cls_token"),                          # CLIP, SigLIP
+        ("vit.embeddings.position_embedding.weight", "pos_embed"),
+        ("vit.embeddings.patch_embedding.", "patch_embed.proj."),
+        ("vit.pre_layrnorm.", "norm_pre."), ("vit.post_layernorm.", "norm."),
+        ("vit.encoder.layers.", "blocks."), (".layer_norm1.", ".norm1."),
+        (".layer_norm2.", ".norm2."), (".self_attn.q_proj.", ".attn.q."),
+        (".self_attn.k_proj.", ".attn.k."), (".self_attn.v_proj.", ".attn.v."),
+        (".self_attn.out_proj.", ".attn.proj."),
     ],
     "google": [
         ("cls", "cls_token"), ("Transformer/posembed_input/pos_embedding", "pos_embed"),
@@ -78,15 +90,44 @@ NAMES = {
         ("head/", "head."), ("kernel", "weight"), ("scale", "weight"),
     ],
 }
-# Where a file is silent.
-_TIMM = dict(layernorm_eps=1e-6, gelu_approximate="none", mean=(0.5,) * 3, std=(0.5,) * 3)
+HF_PREFIX = r"^(deit|dinov2|dinov2_with_registers|vision_model)\."  # read as `vit.`
+# Where a file is silent: of a format, or of all its files that have a weight whose name is like it.
+_TIMM = dict(layernorm_eps=1e-6, gelu_approximate="none", mean=(0.5,) * 3, std=(0.5,) * 3,
+             pool="token")
+_IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+_CLIP = dict(layernorm_eps=1e-5, mean=(0.48145466, 0.4578275, 0.40821073),
+             std=(0.26862954, 0.26130258, 0.27577711))
 SILENT = {"timm": _TIMM, "google": _TIMM, "hf": _TIMM | dict(layernorm_eps=1e-12),
-          "torchvision": _TIMM | dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))}
+          "torchvision": _TIMM | _IMAGENET}
+SILENT_WITH = [
+    (r"decoder|mask_token|fc_norm|.*(gamma|lambda1)$", _IMAGENET),  # MAE, DINOv2, DeiT-III
+    (r"vit.*lambda1$", dict(layernorm_eps=1e-6)),
+    (r"vit.*layer_norm1", dict(layernorm_eps=1e-6, gelu_approximate="tanh")),  # SigLIP
+    (r"norm_pre", _CLIP), (r"vit.pre_layrnorm", _CLIP | dict(gelu_approximate="quick")),
+    (r"fc_norm", dict(pool="mean")),
+]
+# What is left out: (like its names, what it is). And a file's heads, where they read something
+# else than ours: (like a name in it, what they read).
+WITHOUT = [(r"(vit\.embeddings\.)?mask_token|decoder[._]", "what masked images are completed with"),
+           (r"text_|logit_|visual_projection", "the text tower and projections"),
+           (r"vit\.head\.|attn_pool\.", "attention pooling"),
+           (r".*position_ids$", "numbers of positions")]
+HEADS = r"(head|head_dist|classifier|cls_classifier|distillation_classifier)\."
+OTHER_HEADS = [(r"head_dist|distillation_classifier", "two tokens"),
+               (r"attn_pool", "attention pooling"), (r"vit.pre_layrnorm", "tokens without norm"),
+               (r"vit.*lambda1$", "token 0 and the mean")]
+UNLIKE = [(r".*\b(w12|weights_in|gate_proj|fc1_g)\.", "SwiGLU"), (r".*(rope|rotary)", "rotary "
+          "positions"), (r".*(relative_position|rel_pos)", "relative positions"),
+          (r".*\b[qk]_norm\.", "norms of q and k")]
 TOLD = ("image_size", "num_attention_heads", "layernorm_eps", "gelu_approximate", "mean", "std",
-        "crop_ratio", "precision", "classes")  # what shapes do not tell
+        "crop_ratio", "precision", "classes", "pool", "layerscale")  # what shapes do not tell
 SHAPE = ("hidden_size", "ffn_hidden_size", "num_layers", "patch_size", "num_attention_heads",
-         "num_channels", "num_class_tokens")  # what makes another model; the first four name it
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # config.json beside them describes them
+         "num_channels", "num_class_tokens", "pre_norm")  # what makes another model; four name it
+GELU = {None: None, "gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh",
+        "quick_gelu": "quick"}  # Hugging Face's words
+# config.json beside them describes them
+HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+             "pytorch_model.bin.index.json")
 
 
 class Weights(NamedTuple):
@@ -104,30 +145,40 @@ def rename(name: str, pairs) -> str:
 
 # ----------------------------------------------------------------------------- in
 def read_weights(path: str | Path, image_size: int | tuple[int, int] | None = None) -> Weights:
-    """Reads our checkpoint (or the newest of an output directory), or a file of timm, Hugging Face
-    (or a hub's folder), torchvision or Google (.npz), which its names tell.
+    """Reads our checkpoint (or the newest of an output directory), a file of timm, Hugging Face
+    (or a hub's folder), torchvision or Google (.npz), which its names tell, or LIBRARY:NAME.
 
     Sizes come from the tensors' shapes, the rest from our files' facts or a hub's config.json, else
     SILENT. image_size (pixels; the file's own) is needed where its patches are no square and it
     does not tell. Raises ValueError for a file that cannot be read, is no ViT, or is not complete.
     """
-    path = Path(path)
-    file = next((path / name for name in HUB_FILES if (path / name).exists()), path)
-    if file.is_dir():
-        file = newest_checkpoint(file)
+    library, _, name = str(path).partition(":")
+    file = None if library in hub.LIBRARIES else find_file(Path(path))
     try:
-        raw, told = _open(file)
+        if library == "hf":
+            file = find_file(hub.folder_of(name))
+        raw, told = open_file(file) if file else hub.load(library, name)
         fmt, tensors, facts = _interpret(raw, told, image_size)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-    return Weights("a checkpoint" if file.is_dir() else fmt, tensors, facts)
+    return Weights("a checkpoint" if file and file.is_dir() else fmt, tensors, facts)
 
 
-def _open(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+def find_file(path: Path) -> Path:
+    """The file of a hub's folder, the index of a file in parts, the newest checkpoint of an output
+    directory; else the path itself."""
+    index = Path(re.sub(r"-\d+-of-\d+(\.\w+)$", r"\1.index.json", str(path)))
+    file = next((file for file in (*(path / name for name in HUB_FILES), index) if file.exists()),
+                path)
+    return newest_checkpoint(file) if file.is_dir() else file
+
+
+def open_file(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors of a file or checkpoint under their own names, and what it tells of TOLD."""
     if not path.exists():
         raise ValueError("there is no such file")
-    if not path.is_dir() and path.suffix not in (".pt", ".pth", ".bin", ".safetensors", ".npz"):
+    if not (path.is_dir() or path.name in HUB_FILES
+            or path.suffix in (".pt", ".pth", ".bin", ".safetensors", ".npz")):
         raise ValueError("its name must end in .pt, .pth, .bin, .safetensors or .npz, or it must "
                          "be a checkpoint directory")
     try:
@@ -150,12 +201,15 @@ def _open(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """_open without its checks; fails as the libraries do. Tensors are mapped where possible."""
+    """open_file unchecked; fails as the libraries do. Tensors are mapped where possible."""
     if path.is_dir():
         meta, read = read_meta(path), CheckpointTensors(path)
         return ({name: read(name, "weight") for name in meta["where"]},
                 {**meta["config"], **meta["vit"], "classes": meta["classes"]})
     open(path, "rb").close()  # of a file that may not be read safetensors says that there is none
+    if path.suffix == ".json":  # the index of a file in parts
+        parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        return {name: x for part in parts for name, x in _load(path.with_name(part))[0].items()}, {}
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             facts = (file.metadata() or {}).get("facts", "{}")
@@ -177,13 +231,15 @@ def _hub_facts(path: Path) -> dict:
     beside = [path.with_name(name) for name in ("config.json", "preprocessor_config.json")]
     config, pixels = (json.loads(file.read_text()) if path.name in HUB_FILES and file.exists()
                       else {} for file in beside)
-    timm, gelu = config.get("pretrained_cfg", {}), config.get("hidden_act", "gelu")
-    if gelu not in ("gelu", "gelu_new", "gelu_pytorch_tanh"):
-        raise ValueError(f"config.json says hidden_act {gelu}; legal: gelu, gelu_pytorch_tanh")
+    timm, quick = config.get("pretrained_cfg", {}), "quickgelu" in config.get("architecture", "")
+    config = config.get("vision_config", config)                               # CLIP's other half
+    gelu = config.get("hidden_act", "quick_gelu" if quick else None)
+    if gelu not in GELU:
+        raise ValueError(f"config.json says hidden_act {gelu}; legal: {', '.join(list(GELU)[1:])}")
     told = dict(
         num_attention_heads=config.get("num_attention_heads"),
-        layernorm_eps=config.get("layer_norm_eps"),
-        gelu_approximate="none" if gelu == "gelu" else "tanh",
+        layernorm_eps=config.get("layer_norm_eps"), gelu_approximate=GELU[gelu],
+        pool=hub.POOL.get(config.get("global_pool")),
         image_size=config.get("image_size", timm.get("input_size", [None])[1:]) or None,
         mean=timm.get("mean", pixels.get("image_mean")),
         std=timm.get("std", pixels.get("image_std")), crop_ratio=timm.get("crop_pct"))
@@ -194,8 +250,19 @@ def _interpret(raw: dict[str, torch.Tensor], told: dict,
                image_size) -> tuple[str, dict[str, torch.Tensor], dict]:
     """(format, tensors under our names and in our shapes, facts) of a file's own tensors.
     Raises ValueError if they are not exactly those of a ViT, a head excepted."""
-    if "embeddings.cls_token" in raw:  # Hugging Face's ViTModel: no head, no prefix
+    raw = {re.sub(HF_PREFIX, "vit.", name): x for name, x in raw.items()}
+    if any(name.startswith("embeddings.") for name in raw):  # a backbone of Hugging Face
         raw = {"vit." + name: x for name, x in raw.items()}
+
+    def those(table):
+        return [what for like, what in table if any(re.match(like, name) for name in raw)]
+    assumed, left_out, unlike = those(SILENT_WITH), those(WITHOUT), those(UNLIKE)
+    if unlike:
+        raise ValueError(f"it has {', '.join(unlike)}, which this program does not")
+    drop = [like for like, _ in WITHOUT]
+    if heads := [name for name in raw if re.match(HEADS, name)] and those(OTHER_HEADS):
+        drop, left_out = [*drop, HEADS], [*left_out, f"the head, which reads {heads[0]}"]
+    raw = {name: x for name, x in raw.items() if not any(re.match(like, name) for like in drop)}
     named = {fmt: {rename(name, pairs): name for name in raw} for fmt, pairs in NAMES.items()}
     fmt = next((fmt for fmt in NAMES if "patch_embed.proj.weight" in named[fmt]), None)
     if fmt is None:
@@ -206,11 +273,17 @@ def _interpret(raw: dict[str, torch.Tensor], told: dict,
     try:
         sizes = _to_ours(fmt, tensors, names)
     except (KeyError, IndexError, RuntimeError, ValueError) as e:
-        raise ValueError(f"it looks like {fmt}'s, but is no ViT with a class token and positions, "
-                         f"or is incomplete: {e!r}") from e
-    facts = {**SILENT[fmt], **told, **sizes, "image_size": image_size or told.get("image_size")}
+        raise ValueError(f"it looks like {fmt}'s, but is no ViT with positions, or is incomplete: "
+                         f"{e!r}") from e
+    facts = dict(ChainMap({"left_out": left_out}, sizes, told, *reversed(assumed), SILENT[fmt]))
+    facts["image_size"] = image_size or told.get("image_size")
+    if sizes["layerscale"]:
+        facts["layerscale"] = told.get("layerscale", sizes["layerscale"])
+    if not sizes["num_class_tokens"]:
+        facts["pool"] = "mean"
     tensors["pos_embed"], facts["image_size"] = _positions(tensors["pos_embed"], facts)
-    config = ViTConfig(**{"num_attention_heads": 1, **sizes, "image_size": facts["image_size"]})
+    config = ViTConfig(**{"num_attention_heads": 1, **sizes, "image_size": facts["image_size"],
+                          "pool": facts["pool"]})
 
     with torch.device("meta"):
         expected = {name: x.shape for name, x in ViT(config).named_parameters()}
@@ -244,30 +317,46 @@ def _to_ours(fmt: str, tensors: dict[str, torch.Tensor], theirs: dict[str, str])
         if all(part in tensors for part in parts):
             fused = name.replace(".attn.q.", ".attn.qkv.")
             tensors[fused] = torch.cat([tensors.pop(part) for part in parts])
-    if "reg_token" in tensors:  # timm's registers are our further class tokens, in the same place
-        tensors["cls_token"] = torch.cat([tensors["cls_token"], tensors.pop("reg_token")], dim=1)
     weight = tensors["patch_embed.proj.weight"]                                # [D, C, p, p]
+    D = weight.shape[0]
+    tensors["pos_embed"] = tensors["pos_embed"].reshape(1, -1, D)              # CLIP's is [S, D]
+    tokens = [tensors.pop(name).reshape(1, -1, D)  # registers are further class tokens
+              for name in ("cls_token", "dist_token", "reg_token") if name in tensors]
+    if tokens:
+        tensors["cls_token"] = torch.cat(tokens, dim=1)
+    pre_norm = "norm_pre.weight" in tensors
+    if pre_norm:  # CLIP has no bias before it
+        tensors.setdefault("patch_embed.proj.bias", torch.zeros(D))
+    fc1, fc2 = (tensors[f"blocks.0.mlp.fc{i}.weight"] for i in (1, 2))         # [F, D], [D, F]
+    if len(fc1) == 2 * fc2.shape[1]:
+        raise ValueError("it has SwiGLU, which this program does not")
     if "head.weight" in tensors:
         sizes["num_classes"] = tensors["head.weight"].shape[0]
     return sizes | dict(
-        hidden_size=tensors["pos_embed"].shape[2], num_channels=weight.shape[1],
-        patch_size=weight.shape[3], ffn_hidden_size=tensors["blocks.0.mlp.fc1.weight"].shape[0],
+        hidden_size=D, num_channels=weight.shape[1], pre_norm=pre_norm,
+        layerscale=1e-5 if "blocks.0.ls1.gamma" in tensors else 0.0,
+        fc_norm="fc_norm.weight" in tensors, num_class_tokens=sum(x.shape[1] for x in tokens),
+        patch_size=weight.shape[3], ffn_hidden_size=len(fc1),
         num_layers=1 + max(int(n.split(".")[1]) for n in tensors if n.startswith("blocks.")),
-        num_class_tokens=tensors["cls_token"].shape[1],
         head="mlp" if "pre_logits.fc.weight" in tensors else "linear")
 
 
 def _positions(pos: torch.Tensor, facts: dict) -> tuple[torch.Tensor, int | tuple[int, int]]:
     """The positions [1, P + h*w, D] of P class tokens and h*w patches, and their image size."""
     prefix, p, size = facts["num_class_tokens"], facts["patch_size"], facts["image_size"]
-    size = size or p * math.isqrt(max(pos.shape[1] - prefix, 0))
-    h, w = (side // p for side in ((size, size) if isinstance(size, int) else size))
-    if pos.shape[1] == h * w:  # timm's no_embed_class: class tokens have no position
-        pos = torch.cat([pos.new_zeros(1, prefix, pos.shape[2]), pos], dim=1)
-    if pos.shape[1] != prefix + h * w:
+    found = []
+    for count in {prefix, min(prefix, 1), 0}:  # class tokens with a position: all, the first, none
+        n = pos.shape[1] - count
+        hw = size or p * math.isqrt(max(n, 0))
+        h, w = (side // p for side in ((hw, hw) if isinstance(hw, int) else hw))
+        found += [(count, hw)] if n == h * w else []
+    if len(found) != 1:
         raise ValueError(f"it has {pos.shape[1]} positions, which are not {prefix} class tokens "
                          f"and a {h}x{w} grid of patches: give the image size that it was trained "
                          f"at as --init-image-size HEIGHT,WIDTH")
+    count, size = found[0]
+    pos = torch.cat([pos[:, :count], pos.new_zeros(1, prefix - count, pos.shape[2]),
+                     pos[:, count:]], dim=1)
     return pos, size
 
 
@@ -276,7 +365,10 @@ def adopt(weights: Weights, config: TrainConfig, vit: ViTConfig,
           given: dict) -> tuple[TrainConfig, ViTConfig, dict]:
     """For training: both configurations with what these weights were trained to where no flag
     (`given`, by field) says otherwise, and that part. The fine-tuning recipe keeps its own head."""
-    names = {"num_class_tokens", "head", "layernorm_eps", "gelu_approximate", "mean", "std"}
+    names = {"num_class_tokens", "head", "layernorm_eps", "gelu_approximate", "mean", "std", "pool",
+             "fc_norm", "layerscale", "pre_norm"}
+    if given.get("pool") not in (None, weights.facts["pool"]):
+        names.remove("fc_norm")
     if config.recipe == "finetune":
         names.remove("head")
     taken = {name: weights.facts[name] for name in sorted(names - given.keys())}
@@ -330,13 +422,16 @@ def resize_pos_embed(pos: torch.Tensor, num_class_tokens: int, old: tuple[int, i
 def fit_weights(weights: Weights, vit: ViTConfig) -> tuple[dict[str, torch.Tensor], list[str]]:
     """(the full fp32 weights for ViT(vit), what was done to them).
 
-    Only the position embedding is resized, and only the head may be left out of the result, to be
-    initialised: where the file has none, or one of another kind or number of classes.
+    Only the position embedding is resized, and only the head and the norm before it may be left out
+    of the result, to be initialised: where the file has none, or one of another kind, place or
+    number of classes.
     Raises ValueError for the weights of another model.
     """
     facts, tensors = weights.facts, {name: x.float() for name, x in weights.tensors.items()}
     odd = [f"{k} {facts[k]} (this run: {getattr(vit, k)})" for k in SHAPE
            if facts.get(k, getattr(vit, k)) != getattr(vit, k)]
+    if bool(facts["layerscale"]) != bool(vit.layerscale):
+        odd.append(f"layerscale {facts['layerscale']} (this run: {vit.layerscale})")
     if odd:
         name = model_name(facts)
         raise ValueError(f"the weights are of another model: {', '.join(odd)}"
@@ -347,14 +442,21 @@ def fit_weights(weights: Weights, vit: ViTConfig) -> tuple[dict[str, torch.Tenso
     report = []
     if old != vit.grid_hw:
         report.append("pos_embed resized from {}x{} to {}x{}".format(*old, *vit.grid_hw))
+    new = []
+    if facts["fc_norm"] != vit.fc_norm:
+        new, where = ["norm.", "fc_norm."], "fc_norm" if vit.fc_norm else "norm"
+        report.append(f"{where} newly initialised: the file's norm is elsewhere")
     other_kind = facts["head"] != vit.head
-    if other_kind or facts.get("num_classes") != vit.num_classes:
-        new = ("pre_logits.", "head.") if other_kind else ("head.",)
-        tensors = {name: x for name, x in tensors.items() if not name.startswith(new)}
-        new = "pre_logits.fc and head" if other_kind and vit.head == "mlp" else "head"
+    if other_kind or (facts.get("num_classes"), facts["pool"]) != (vit.num_classes, vit.pool):
+        new += ["head.", "pre_logits."] if other_kind else ["head."]
+        names = "pre_logits.fc and head" if other_kind and vit.head == "mlp" else "head"
         found = (f"'s is {facts['head']}, {facts['num_classes']} classes"
                  if "num_classes" in facts else " has none")
-        report.append(f"{new} newly initialised for {vit.num_classes} classes: the file{found}")
+        found += f", pool {facts['pool']}" if facts["pool"] != vit.pool else ""
+        report.append(f"{names} newly initialised for {vit.num_classes} classes: the file{found}")
+    tensors = {name: x for name, x in tensors.items() if not name.startswith(tuple(new))}
+    if facts.get("left_out"):
+        report.append(f"left out: {', '.join(facts['left_out'])}")
     return tensors, [f"{len(tensors)} weights loaded", *report]
 
 
