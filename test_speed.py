@@ -41,6 +41,7 @@ from model import ViT
 from parallel import Axis, Grid
 from testing import (
     HERE,
+    OTHER,
     TINY,
     batch_of,
     build,
@@ -315,13 +316,15 @@ def test_drop_path_of_fused_blocks_takes_whole_images_at_each_blocks_rate():
 
 
 # ----------------------------------------------------------------------------- fused blocks
-def _split_run(tp, swaps, training=True, folder=None, flags=()):
+PLAIN = replace(TINY, head="mlp")
+
+
+def _split_run(tp, swaps, training=True, folder=None, flags=(), config=PLAIN):
     """Logits, input gradients and full weight gradients of 8 images over tp ranks, the operators
     that ran, and shifts that no one waited for. The model is that of these flags, with the classes
     of `swaps`; with a folder, images visit."""
     grid, gpus = grid_of(tp), FileGpus(folder) if folder else None
     dtype = torch.bfloat16 if swaps.get("fp8") else torch.float32
-    config = replace(TINY, head="mlp")
     images, count = batch_of(config, 8)[0], 8 // tp
     model = of_flags(config, grid, random_weights(config), gpus, **dict(flags)).to(dtype)
     kernels.apply(model.train(training), **swaps)
@@ -339,9 +342,8 @@ def _split_run(tp, swaps, training=True, folder=None, flags=()):
     return logits.detach(), x.grad, full, operators.count, late
 
 
-def unsplit_run(world):
+def unsplit_run(world, config=PLAIN):
     """What the results of _split_run add up to, by the plain model."""
-    config = replace(TINY, head="mlp")
     model = build(config, Grid(), random_weights(config))
     images = batch_of(config, 8)[0].requires_grad_()
     logits = model(images)
@@ -351,20 +353,21 @@ def unsplit_run(world):
     return logits.detach(), images.grad, gradients(model)
 
 
-def largest_difference(results):
-    logits, images, weights = unsplit_run(len(results))
+def largest_difference(results, config=PLAIN):
+    logits, images, weights = unsplit_run(len(results), config)
     return max((torch.cat([r[0] for r in results]) - logits).abs().max(),
                (torch.cat([r[1] for r in results]) - images).abs().max(),
                *(max_difference(result[2], weights) for result in results))
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("tp", [1, 2])
-def test_a_fused_model_without_dropout_is_the_plain_one(tp, training):
+@pytest.mark.parametrize("tp, training, config", [
+    (1, True, PLAIN), (1, False, PLAIN), (2, True, PLAIN), (2, False, PLAIN), (2, True, OTHER)])
+def test_a_fused_model_without_dropout_is_the_plain_one(tp, training, config):
     """Logits, input gradients and every weight's gradient, in training and eval mode, on one rank
-    and split over two: within 2e-6, of numbers up to 10 (fp32 sums in another order)."""
-    results = run_ranks(tp, _split_run, tp, dict(fused=True), training)[0]
-    assert largest_difference(results) < 2e-6
+    and split over two, and with LayerScale and the mean of all patches: within 2e-6, of numbers up
+    to 10 (fp32 sums in another order)."""
+    results = run_ranks(tp, _split_run, tp, dict(fused=True), training, None, (), config)[0]
+    assert largest_difference(results, config) < 2e-6
 
 
 def test_swapped_classes_keep_the_parameters_names_and_shapes():
@@ -573,7 +576,8 @@ def test_recomputation_after_the_other_passes_leaves_gradients_bit_equal(attenti
     """It replays dropout, drop path and, where the kernel has it, attention dropout exactly, in
     plain and fused blocks: no tolerance. Also with products in fp8, whose scales are found again.
     Another seed gives other gradients. (Compiled: test_compiled_gradients_equal_eager_ones.)"""
-    config = replace(TINY, num_layers=3, **DROPS, attention_dropout=0.1 * (attention != "flash"))
+    base = OTHER if mode[0] == "selective" else TINY
+    config = replace(base, num_layers=3, **DROPS, attention_dropout=0.1 * (attention != "flash"))
     weights, (images, labels) = random_weights(config), batch_of(config, 8)
     dtype = torch.bfloat16 if fp8 else torch.float32
 
@@ -733,27 +737,30 @@ def test_compiled_blocks_keep_what_the_plan_says(compiled):
 
 
 # ----------------------------------------------------------------------------- visiting images
-@pytest.mark.parametrize("tp, recompute, fused", [
-    (2, "full", False), (4, "none", False), (4, "selective", False), (2, "none", True)])
-def test_a_model_whose_images_visit_is_the_unsplit_one(tp, recompute, fused, tmp_path):
+@pytest.mark.parametrize("tp, recompute, fused, config", [
+    (2, "full", False, PLAIN), (4, "none", False, PLAIN), (4, "selective", False, PLAIN),
+    (2, "none", True, OTHER)])
+def test_a_model_whose_images_visit_is_the_unsplit_one(tp, recompute, fused, config, tmp_path):
     """--tp-comm-overlap: logits, input gradients and every gathered weight and bias gradient, batch
     8 / tp >= 2 on a rank, all biases non-zero: within 1e-5 of the plain model (fp32 sums in another
     order). In the blocks there is no other collective; each shift is waited for, and what it reads
-    and writes stays in place until then (Late)."""
+    and writes stays in place until then (Late). Where the head reads the mean, the last block is as
+    any."""
     flags = dict(activation_checkpointing=recompute)
-    results = run_ranks(tp, _split_run, tp, dict(fused=fused), True, tmp_path, flags)[0]
-    assert largest_difference(results) < 1e-5
-    shifts = 2 * (TINY.num_layers - 1) * (tp - 1)  # one way, in a forward; the last block has none
+    results = run_ranks(tp, _split_run, tp, dict(fused=fused), True, tmp_path, flags, config)[0]
+    assert largest_difference(results, config) < 1e-5
+    last = config.pool == "token"                # it has no shifts
+    shifts = 2 * (TINY.num_layers - last) * (tp - 1)  # one way, in a forward
     # What backward repeats: nothing, all, or all but the way home, whose end comes again.
     visits, returns, ends = dict(none=(0, 0, 0), full=(1, 1, 2), selective=(1, 0, 2))[recompute]
     for *_, operators, late in results:
         assert late == 0
         # The last block's two halves: once each way, and what backward repeats.
-        assert operators["all_gather_into_tensor"] == 4 + 2 * visits
-        assert operators["reduce_scatter_tensor"] == 4 + 2 * returns
+        assert operators["all_gather_into_tensor"] == (4 + 2 * visits) * last
+        assert operators["reduce_scatter_tensor"] == (4 + 2 * returns) * last
         assert operators["visit"] == (3 + visits) * shifts  # gradients of both ways are visits too
         assert operators["return_home"] == (1 + returns) * shifts
-        assert operators["wait_tensor"] == (4 + ends) * shifts + 8 + 4 * visits
+        assert operators["wait_tensor"] == (4 + ends) * shifts + (8 + 4 * visits) * last
 
 
 def four_steps(model, grid, **options):

@@ -64,6 +64,7 @@ from plan import (
 from runtime import Run
 from testing import (
     HERE,
+    OTHER,
     TINY,
     TRAIN_FLAGS,
     Few,
@@ -196,10 +197,13 @@ def test_sizes_are_those_of_nemos_table():
 @pytest.mark.parametrize("head", ["mlp", "linear"])
 @pytest.mark.parametrize("name", MODELS)
 def test_num_params_counts_the_models_parameters(name, head):
-    """The property equals the sum over the built model (on the meta device), for each model."""
+    """The property equals the sum over the built model (on the meta device), for each model, also
+    with LayerScale, a norm before the blocks, and no class token."""
     config = replace(MODELS[name], head=head, num_classes=7)
-    with torch.device("meta"):
-        assert sum(p.numel() for p in ViT(config).parameters()) == config.num_params
+    for config in (config, replace(config, layerscale=0.1, pre_norm=True),
+                   replace(config, pool="mean", num_class_tokens=0, fc_norm=True)):
+        with torch.device("meta"):
+            assert sum(p.numel() for p in ViT(config).parameters()) == config.num_params
 
 
 COMMANDS = {"train.py": (train.main, TrainConfig, ViTConfig),
@@ -323,10 +327,11 @@ def test_tensor_parallel_sizes_divide_the_heads_and_the_mlp():
 def test_memory_plan_equals_what_is_allocated():
     """The dry run's weights, gradients and optimizer state are the buckets' bytes exactly, in O2
     and fp32, of AdamW and SGD."""
-    for precision, kind in itertools.product(("bf16-O2", "fp32"), ("adamw", "sgd")):
-        plan = memory_plan(TINY, TrainConfig(precision=precision, optimizer=kind), 1, 1, 8)
+    for config, precision, kind in itertools.product((TINY, OTHER), ("bf16-O2", "fp32"),
+                                                     ("adamw", "sgd")):
+        plan = memory_plan(config, TrainConfig(precision=precision, optimizer=kind), 1, 1, 8)
         dtype = torch.bfloat16 if precision == "bf16-O2" else torch.float32
-        optimizer = optimizer_of(ViT(TINY), Grid(), weight_dtype=dtype, optimizer=kind)
+        optimizer = optimizer_of(ViT(config), Grid(), weight_dtype=dtype, optimizer=kind)
         masters = [b.master for b in optimizer.buckets if precision == "bf16-O2"]  # else weights
         assert plan["weights"] == sum(b.weight.nbytes for b in optimizer.buckets)
         assert plan["gradients"] == sum(b.grad.nbytes for b in optimizer.buckets)
@@ -422,26 +427,37 @@ def plain_vit(config, w, images):
     def gelu(x):
         if config.gelu_approximate == "tanh":
             return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x ** 3)))
+        if config.gelu_approximate == "quick":
+            return x / (1 + torch.exp(-1.702 * x))
         return 0.5 * x * (1 + torch.erf(x / 2 ** 0.5))
     p = config.patch_size
     x = F.conv2d(images, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=p)
     x = torch.cat([w["cls_token"].expand(len(images), -1, -1), x.flatten(2).mT], 1) + w["pos_embed"]
+    x = norm(x, "norm_pre") if config.pre_norm else x
     for i in range(config.num_layers):
         qkv = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").chunk(3, -1)
         q, k, v = (z.unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2) for z in qkv)
         y = (q @ k.mT / config.head_dim ** 0.5).softmax(-1) @ v
-        x = x + linear(y.transpose(1, 2).flatten(2), f"blocks.{i}.attn.proj")
+        x = x + w.get(f"blocks.{i}.ls1.gamma", 1) * linear(y.transpose(1, 2).flatten(2),
+                                                           f"blocks.{i}.attn.proj")
         y = gelu(linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
-        x = x + linear(y, f"blocks.{i}.mlp.fc2")
-    x = norm(x[:, 0], "norm")
+        x = x + w.get(f"blocks.{i}.ls2.gamma", 1) * linear(y, f"blocks.{i}.mlp.fc2")
+    patches = slice(config.num_class_tokens, None)
+    if config.fc_norm:
+        x = norm(x[:, patches].mean(1), "fc_norm")
+    else:
+        x = norm(x, "norm")[:, patches].mean(1) if config.pool == "mean" else norm(x[:, 0], "norm")
     return linear(torch.tanh(linear(x, "pre_logits.fc")) if config.head == "mlp" else x, "head")
 
 
-@pytest.mark.parametrize("head, gelu, eps", [("mlp", "none", 1e-6), ("linear", "tanh", 0.1)])
-def test_logits_are_the_papers_formula(head, gelu, eps):
+@pytest.mark.parametrize("base, head, gelu, eps", [
+    (TINY, "mlp", "none", 1e-6), (TINY, "linear", "tanh", 0.1), (OTHER, "linear", "quick", 1e-6),
+    (replace(OTHER, fc_norm=False), "mlp", "quick", 1e-6)])
+def test_logits_are_the_papers_formula(base, head, gelu, eps):
     """In fp64, to 1e-10, rounding's size, for random weights; with the other GELU or another
-    epsilon the formula is 1e-5 and more away. Images are 2 x 4 patches."""
-    config = replace(TINY, head=head, gelu_approximate=gelu, layernorm_eps=eps)
+    epsilon the formula is 1e-5 and more away. Images are 2 x 4 patches. Also with LayerScale, the
+    mean of the patches and a norm before the blocks."""
+    config = replace(base, head=head, gelu_approximate=gelu, layernorm_eps=eps)
     weights = {name: x.double() for name, x in random_weights(config).items()}
     images = batch_of(config, 4)[0].double()
     model = ViT(config).double()
@@ -554,10 +570,11 @@ def dropped_gradients(config, mode, change=None):
 @pytest.mark.parametrize("mode", RECOMPUTED)
 def test_recomputation_leaves_gradients_bit_equal(mode):
     """It replays dropout, attention dropout and drop path exactly: no tolerance."""
-    config = replace(TINY, num_layers=3, hidden_dropout=0.2, attention_dropout=0.1,
-                     drop_path_rate=0.3)
-    plain, recomputed = (dropped_gradients(config, m)[0] for m in (("none",), mode))
-    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+    for base in TINY, OTHER:
+        config = replace(base, num_layers=3, hidden_dropout=0.2, attention_dropout=0.1,
+                         drop_path_rate=0.3)
+        plain, recomputed = (dropped_gradients(config, m)[0] for m in (("none",), mode))
+        assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 
 @torch.library.custom_op("test_vit::attend", mutates_args=(),
@@ -654,13 +671,13 @@ def test_split_cuts_heads_inside_q_k_and_v():
     assert torch.equal(Split(1).unshard([Split(1).shard(rows, r, 4) for r in range(4)]), rows)
 
 
-def _tensor_parallel_run(tp, what):
+def _tensor_parallel_run(tp, what, config=TINY):
     """Logits, input gradients and full weight gradients of 8 images over tp ranks; collectives of
     the forward pass and of both passes."""
     grid = grid_of(tp)
-    weights, (images, _) = random_weights(TINY), batch_of(TINY, 8)
+    weights, (images, _) = random_weights(config), batch_of(config, 8)
     count = 8 // tp
-    model = build(TINY, grid, weights)
+    model = build(config, grid, weights)
     recompute(model, what)
     x = images[grid.tp.rank * count:(grid.tp.rank + 1) * count].clone().requires_grad_()
     kinds = (C10D.all_gather_into_tensor.default, C10D.reduce_scatter_tensor.default)
@@ -679,15 +696,17 @@ def _tensor_parallel_run(tp, what):
     return logits.detach(), x.grad, full, calls
 
 
-@pytest.mark.parametrize("tp, what", [(2, "none"), (2, "full"), (4, "none"), (4, "selective")])
-def test_tensor_parallel_equals_the_unsplit_model(tp, what):
+@pytest.mark.parametrize("tp, what, config", [
+    (2, "none", TINY), (2, "full", TINY), (4, "none", TINY), (4, "selective", TINY),
+    (2, "selective", OTHER)])
+def test_tensor_parallel_equals_the_unsplit_model(tp, what, config):
     """Logits, input gradients and every gathered weight and bias gradient, batch 8 / tp >= 2 on a
     rank, all biases non-zero: within 1e-5 of the plain model (fp32 sums in another order)."""
-    results, _, _ = run_ranks(tp, _tensor_parallel_run, tp, what)
-    model = build(TINY, Grid(), random_weights(TINY))
-    images = batch_of(TINY, 8)[0].requires_grad_()
+    results, _, _ = run_ranks(tp, _tensor_parallel_run, tp, what, config)
+    model = build(config, Grid(), random_weights(config))
+    images = batch_of(config, 8)[0].requires_grad_()
     logits = model(images)
-    weight = torch.cat([torch.randn(8 // tp, TINY.num_classes, generator=generator("w", r))
+    weight = torch.cat([torch.randn(8 // tp, config.num_classes, generator=generator("w", r))
                         for r in range(tp)])
     (logits * weight).sum().backward()
     assert (torch.cat([r[0] for r in results]) - logits).abs().max() < 1e-5
@@ -807,16 +826,22 @@ def test_weight_decay_is_on_matrices_only():
     optimizer.step(0.5)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, before[name] * (1 - 0.5 * 0.1 * (name in decay)))
+    decay, none = optimizer_of(ViT(OTHER), Grid()).decay_names()
+    assert all(name.endswith(("proj.weight", "qkv.weight", "fc1.weight", "fc2.weight",
+                              "head.weight")) for name in decay)
+    assert {"norm_pre.weight", "fc_norm.weight", "blocks.1.ls2.gamma"} <= set(none)
 
 
 def test_gradient_norm_does_not_depend_on_the_layout():
     """Each element counts once: norms of 5 steps within 1e-6 relative over (tp, dp), for one and
     for several micro-batches (SGD: Adam would turn rounding into different weights)."""
     sgd = {"optimizer": "sgd"}
-    reference = run_ranks(1, _train_steps, 1, 1, 5, sgd)[0][0][1]
+    reference = {config: run_ranks(1, _train_steps, 1, 1, 5, sgd, 1, config)[0][0][1]
+                 for config in (TINY, OTHER)}
     for tp, dp in LAYOUTS[1:]:
-        result = run_ranks(tp * dp, _train_steps, tp, dp, 5, sgd, 2)[0]
-        assert result[0][1] == pytest.approx(reference, rel=1e-6), (tp, dp)
+        config = OTHER if (tp, dp) == (2, 2) else TINY
+        result = run_ranks(tp * dp, _train_steps, tp, dp, 5, sgd, 2, config)[0]
+        assert result[0][1] == pytest.approx(reference[config], rel=1e-6), (tp, dp)
         assert all(r[1] == result[0][1] for r in result), "ranks disagree"
 
 

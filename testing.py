@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,6 +35,9 @@ torch.set_num_threads(1)
 TINY = ViTConfig(hidden_size=32, ffn_hidden_size=64, num_layers=2, num_attention_heads=4,
                  patch_size=4, image_size=(8, 16), num_classes=5, num_class_tokens=2,
                  hidden_dropout=0.0)
+# The same with all that other libraries' models have.
+OTHER = replace(TINY, pool="mean", fc_norm=True, layerscale=0.5, pre_norm=True, head="linear",
+                gelu_approximate="quick")
 
 
 # ----------------------------------------------------------------------------- ranks
