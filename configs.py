@@ -265,8 +265,9 @@ class TrainConfig(Step, Loader):
     report: bool = flag(False, "at the end write OUTPUT_DIR/report.html, as report.py does")
     resume: str = flag("auto", "auto: newest complete checkpoint of --output-dir; none; or a path")
     init_from: str | None = flag(
-        None, "start from these weights: a checkpoint or output directory of this program, or a "
-        "file of timm, Hugging Face or torchvision, or Google's .npz")
+        None, "start from these weights: a checkpoint or output directory of this program, a file "
+        "of timm, Hugging Face or torchvision, Google's .npz, NeMo's .nemo, or timm:NAME, "
+        "torchvision:NAME, hf:ORG/NAME")
     init_image_size: int | tuple[int, int] | None = flag(
         None, "image size of those weights, where they do not tell and are not square",
         init_from=GIVEN)
@@ -359,9 +360,12 @@ class ConvertConfig(Untold):
     """weights.py: a checkpoint, or a file of one library, as a file of another."""
 
     source: str = field(metadata={"help": "as evaluate.py's --checkpoint", "must": None})
-    output: str = field(metadata={"help": "a .pt or .safetensors file", "must": None})
-    format: Literal["timm", "hf", "torchvision"] = flag(
-        "timm", "library; hf: OUTPUT is FOLDER/model.safetensors, for from_pretrained")
+    output: str = field(metadata={"help": "a .pt or .safetensors file; .onnx; .pt2", "must": None})
+    format: Literal["timm", "hf", "torchvision", "onnx", "torch-export"] = flag(
+        "timm", "library; hf: OUTPUT is FOLDER/model.safetensors, for from_pretrained; or a "
+        "program: onnx, torch-export (.pt2)")
+    dtype: Literal["float32", "float16", "bfloat16"] = flag(
+        "float32", "of the weights in the file", format=("timm", "hf", "torchvision"))
 
 
 # What a recipe changes of the defaults above; a key may be a field of the model or of the run.

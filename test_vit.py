@@ -199,9 +199,9 @@ def test_sizes_are_those_of_nemos_table():
 def test_num_params_counts_the_models_parameters(name, head):
     """The property equals the sum over the built model (on the meta device), for each model, also
     with LayerScale, a norm before the blocks, and no class token."""
-    config = replace(MODELS[name], head=head, num_classes=7)
-    for config in (config, replace(config, layerscale=0.1, pre_norm=True),
-                   replace(config, pool="mean", num_class_tokens=0, fc_norm=True)):
+    base = replace(MODELS[name], head=head, num_classes=7)
+    for config in (base, replace(base, layerscale=0.1, pre_norm=True),
+                   replace(base, pool="mean", num_class_tokens=0, fc_norm=True)):
         with torch.device("meta"):
             assert sum(p.numel() for p in ViT(config).parameters()) == config.num_params
 

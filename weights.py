@@ -1,10 +1,15 @@
-"""Weights of other libraries: those of timm, Hugging Face and torchvision in and out, Google's in.
+"""Weights of other libraries: those of timm, Hugging Face and torchvision in and out, Google's and
+NeMo's in.
 
     python weights.py SOURCE OUTPUT --format timm           # or torchvision: .pt or .safetensors
     python weights.py SOURCE FOLDER/model.safetensors --format hf   # a folder for from_pretrained
+    python weights.py SOURCE OUTPUT --format onnx           # or torch-export: export.py
 
-SOURCE is an output directory or checkpoint of this program, a file of one of these libraries, or a
-folder of the Hugging Face hub; train.py --init-from and evaluate.py read the same.
+SOURCE is an output directory or checkpoint of this program, a file of one of these libraries, a
+folder of the Hugging Face hub, or a name: torchvision:vit_b_16 (hub.py); train.py --init-from and
+evaluate.py read the same. Besides the paper's ViT these may be DeiT, DeiT-III, MAE, DINOv2 with and
+without registers, and the image towers of CLIP and SigLIP. What else is in a file is left out and
+named (WITHOUT, OTHER_HEADS), or the file is refused (UNLIKE).
 
     in    the file's tensors -> our names (NAMES) -> our shapes -> checked against a ViT of these
           sizes: Weights -> fitted to a model's image size and classes -> into the model
@@ -35,8 +40,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import hub
+import nemo_file
 from checkpoint import CheckpointTensors, newest_checkpoint, read_meta, write_atomically
 from configs import MODELS, ConvertConfig, TrainConfig, ViTConfig, parse
+from flags import flag_name
 from model import ViT
 from parallel import shard
 
@@ -89,6 +96,16 @@ NAMES = {
         ("Transformer/encoder_norm/", "norm."), ("pre_logits/", "pre_logits.fc."),
         ("head/", "head."), ("kernel", "weight"), ("scale", "weight"),
     ],
+    "nemo": [
+        ("backbone.cls_token", "cls_token"), ("backbone.position_embeddings", "pos_embed"),
+        ("backbone.linear_encoder.", "patch_embed.proj."), ("backbone.transformer.layers.", "blocks."),
+        ("backbone.preprocess_layernorm.", "norm_pre."), (".input_layernorm.", ".norm1."),
+        (".post_attention_layernorm.", ".norm2."), (".self_attention.dense.", ".attn.proj."),
+        (".self_attention.query_key_value.", ".attn.qkv."), (".mlp.dense_h_to_4h.", ".mlp.fc1."),
+        (".mlp.dense_4h_to_h.", ".mlp.fc2."), (".post_attention_layerscale.", ".ls1."),
+        (".post_mlp_layerscale.", ".ls2."), ("backbone.transformer.final_layernorm.", "norm."),
+        ("head.dense_in.", "pre_logits.fc."), ("head.dense_out.", "head."),
+    ],
 }
 HF_PREFIX = r"^(deit|dinov2|dinov2_with_registers|vision_model)\."  # read as `vit.`
 # Where a file is silent: of a format, or of all its files that have a weight whose name is like it.
@@ -98,16 +115,16 @@ _IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 _CLIP = dict(layernorm_eps=1e-5, mean=(0.48145466, 0.4578275, 0.40821073),
              std=(0.26862954, 0.26130258, 0.27577711))
 SILENT = {"timm": _TIMM, "google": _TIMM, "hf": _TIMM | dict(layernorm_eps=1e-12),
-          "torchvision": _TIMM | _IMAGENET}
+          "torchvision": _TIMM | _IMAGENET, "nemo": _TIMM | _IMAGENET}
 SILENT_WITH = [
-    (r"decoder|mask_token|fc_norm|.*(gamma|lambda1)$", _IMAGENET),  # MAE, DINOv2, DeiT-III
+    (r"decoder|mask_token|fc_norm|dist_token|.*(gamma|lambda1)$", _IMAGENET),  # MAE, DINOv2, DeiT
     (r"vit.*lambda1$", dict(layernorm_eps=1e-6)),
     (r"vit.*layer_norm1", dict(layernorm_eps=1e-6, gelu_approximate="tanh")),  # SigLIP
     (r"norm_pre", _CLIP), (r"vit.pre_layrnorm", _CLIP | dict(gelu_approximate="quick")),
     (r"fc_norm", dict(pool="mean")),
 ]
-# What is left out: (like its names, what it is). And a file's heads, where they read something
-# else than ours: (like a name in it, what they read).
+# (like a file's names, what that is). What is left out; its heads too, where they read something
+# else than ours; and what makes it another model.
 WITHOUT = [(r"(vit\.embeddings\.)?mask_token|decoder[._]", "what masked images are completed with"),
            (r"text_|logit_|visual_projection", "the text tower and projections"),
            (r"vit\.head\.|attn_pool\.", "attention pooling"),
@@ -178,11 +195,13 @@ def open_file(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     if not path.exists():
         raise ValueError("there is no such file")
     if not (path.is_dir() or path.name in HUB_FILES
-            or path.suffix in (".pt", ".pth", ".bin", ".safetensors", ".npz")):
-        raise ValueError("its name must end in .pt, .pth, .bin, .safetensors or .npz, or it must "
-                         "be a checkpoint directory")
+            or path.suffix in (".pt", ".pth", ".bin", ".safetensors", ".npz", ".nemo")):
+        raise ValueError("its name must end in .pt, .pth, .bin, .safetensors, .npz or .nemo, or it "
+                         "must be a checkpoint directory")
     try:
-        raw, told = _load(path)
+        raw, told = nemo_file.read(path) if path.suffix == ".nemo" else _load(path)
+    except nemo_file.Refused:
+        raise
     except OSError as e:
         raise ValueError(f"it cannot be read: {e.strerror or e}") from e
     except Exception as e:  # torch, numpy and safetensors each fail in their own ways
@@ -474,10 +493,18 @@ def to_format(tensors: dict[str, torch.Tensor], vit: ViTConfig,
               fmt: str) -> dict[str, torch.Tensor]:
     """Our full weights under the names of timm, hf or torchvision, complete for strict loading.
 
-    More than one class token is a class token and registers (reg_tokens=P-1) in timm.
+    More than one class token is a class token and registers (reg_tokens=P-1) in timm, where patches
+    have no bias before norm_pre: here it is added to their positions.
     Raises ValueError for a model that the library does not have, saying what to change.
     """
     count, (height, width), tensors = vit.num_class_tokens, vit.image_hw, dict(tensors)
+    plain = dict(pool="token", fc_norm=False, layerscale=0.0, pre_norm=False)
+    other = [f"{flag_name(name)} {getattr(vit, name)}" for name, value in plain.items()
+             if getattr(vit, name) != value]
+    other += ["--gelu-approximate quick"] if vit.gelu_approximate == "quick" else []
+    if other and fmt != "timm":
+        raise ValueError(f"--format {fmt} has no {', '.join(other)}, which this model has: use "
+                         f"--format timm")
     if vit.head == "mlp" and fmt != "torchvision":
         raise ValueError(f"--format {fmt} has no place for the pretraining head (--head mlp): "
                          f"fine-tune with --head linear first, or use --format torchvision")
@@ -491,6 +518,10 @@ def to_format(tensors: dict[str, torch.Tensor], vit: ViTConfig,
     if count > 1:
         cls_token, registers = tensors["cls_token"].split([1, count - 1], dim=1)
         tensors |= {"cls_token": cls_token, "reg_token": registers}
+    if vit.pre_norm:
+        bias = tensors.pop("patch_embed.proj.bias")
+        tensors["pos_embed"] = torch.cat([tensors["pos_embed"][:, :count],
+                                          tensors["pos_embed"][:, count:] + bias], dim=1)
     for name in [name for name in tensors if fmt == "hf" and ".attn.qkv." in name]:
         for part, x in zip("qkv", tensors.pop(name).chunk(3), strict=True):
             tensors[name.replace("qkv", part)] = x
@@ -499,9 +530,9 @@ def to_format(tensors: dict[str, torch.Tensor], vit: ViTConfig,
 
 
 def write_weights(path: str | Path, tensors: dict[str, torch.Tensor], vit: ViTConfig, fmt: str,
-                  facts: dict) -> str:
-    """Writes to_format's weights as fp32 to a .pt or .safetensors file, whole or not at all, and
-    returns the Python code that opens it.
+                  facts: dict, dtype: torch.dtype = torch.float32) -> str:
+    """Writes to_format's weights to a .pt or .safetensors file, whole or not at all, and returns
+    the Python code that opens it.
 
     The facts of whole_model and the configuration travel along, unseen by other libraries, so that
     read_weights need not guess them. For Hugging Face the file must be FOLDER/model.safetensors,
@@ -515,7 +546,7 @@ def write_weights(path: str | Path, tensors: dict[str, torch.Tensor], vit: ViTCo
         raise ValueError(f"{path}: --format hf writes a folder for from_pretrained; give "
                          f"FOLDER/model.safetensors")
     facts = {k: v for k, v in {**facts, **asdict(vit)}.items() if k in TOLD}
-    tensors = OrderedDict((name, x.float().contiguous()) for name, x in tensors.items())
+    tensors = OrderedDict((name, x.to(dtype).contiguous()) for name, x in tensors.items())
     tensors.facts = facts  # an attribute, as torch's own _metadata: the keys stay the model's
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, values in hf_configs(vit, facts).items() if fmt == "hf" else ():
@@ -565,8 +596,10 @@ def how_to_open(path: Path, vit: ViTConfig, fmt: str) -> str:
     theirs = dict(
         img_size=size, in_chans=vit.num_channels, embed_dim=d, depth=vit.num_layers,
         mlp_ratio=f / d if int(d * (f / d)) == f else (f + 0.5) / d,  # timm cuts d * ratio off
-        reg_tokens=vit.num_class_tokens - 1,
-        act_layer="gelu" if vit.gelu_approximate == "none" else "gelu_tanh",
+        class_token=vit.num_class_tokens > 0, reg_tokens=max(vit.num_class_tokens - 1, 0),
+        global_pool="token" if vit.pool == "token" else "avg", fc_norm=vit.fc_norm,
+        init_values=vit.layerscale or None, pre_norm=vit.pre_norm,
+        act_layer=dict(none="gelu", tanh="gelu_tanh", quick="quick_gelu")[vit.gelu_approximate],
     ) if fmt == "timm" else dict(
         image_size=size, hidden_dim=d, num_layers=vit.num_layers, mlp_dim=f,
         representation_size=d if vit.head == "mlp" else None)
@@ -584,12 +617,17 @@ def how_to_open(path: Path, vit: ViTConfig, fmt: str) -> str:
 def convert(config: ConvertConfig) -> None:
     """Reads SOURCE, writes OUTPUT, says what was done. Raises ValueError for what cannot be."""
     told = asdict(config)
-    source, output, fmt = (told.pop(name) for name in ("source", "output", "format"))
+    source, output, fmt, dtype = (told.pop(k) for k in ("source", "output", "format", "dtype"))
     weights = read_weights(source, told.pop("init_image_size"))
     vit, facts = whole_model(weights, source, **told)
     fitted, report = fit_weights(weights, vit)
     try:
-        code = write_weights(output, to_format(fitted, vit, fmt), vit, fmt, facts)
+        if fmt in ("onnx", "torch-export"):
+            from export import write_program
+            code = write_program(output, fitted, vit, fmt)
+        else:
+            code = write_weights(output, to_format(fitted, vit, fmt), vit, fmt, facts,
+                                 getattr(torch, dtype))
     except OSError as e:
         raise ValueError(f"{output} cannot be written: {e.strerror or e}") from e
     print(f"{output}: {source} ({weights.format}) for {fmt}, {'; '.join(report)}; images "
