@@ -46,11 +46,9 @@ class ViTConfig:
     num_classes: int = flag(1000, "classes of the head (default: those of the data)", POSITIVE)
     num_class_tokens: int = flag(8, "learned tokens before the patches; token 0 is the output",
                                  NOT_NEGATIVE)
-    pool: Literal["token", "mean"] = flag("token", "what the head reads: token 0, or the patches' "
-                                          "mean (timm's global_pool; --num-class-tokens may be 0)")
+    pool: Literal["token", "mean"] = flag("token", "what the head reads: token 0, patches' mean")
     fc_norm: bool = flag(False, "norm of the mean instead of every token (as MAE)", pool="mean")
-    layerscale: float = flag(0.0, "LayerScale's first factors, e.g. 1e-5 (DeiT-III); 0: none",
-                             NOT_NEGATIVE)
+    layerscale: float = flag(0.0, "LayerScale's first factors, e.g. 1e-5; 0: none", NOT_NEGATIVE)
     pre_norm: bool = flag(False, "a LayerNorm before the blocks (as CLIP)")
     hidden_dropout: float = flag(0.1, "dropout after the embedding and before each residual add",
                                  BELOW_ONE)
@@ -110,8 +108,8 @@ class ViTConfig:
     def num_params(self) -> int:
         """All parameters of the model, head included."""
         d, f, c = self.hidden_size, self.ffn_hidden_size, self.num_classes
-        block = (4 * d * d + 4 * d) + (2 * d * f + f + d) + 4 * d  # attention, MLP, two LayerNorms
-        block += 2 * d if self.layerscale else 0
+        scale = 2 * d if self.layerscale else 0
+        block = (4 * d * d + 4 * d) + (2 * d * f + f + d) + 4 * d + scale  # attention, MLP, 2 norms
         embedding = (self.patch_dim + 1) * d + (self.num_class_tokens + self.seq_length) * d
         head = (d * d + d if self.head == "mlp" else 0) + d * c + c
         return embedding + self.num_layers * block + 2 * d * (1 + self.pre_norm) + head
@@ -124,8 +122,8 @@ class ViTConfig:
         without recomputation."""
         s, d, f = self.seq_length, self.hidden_size, self.ffn_hidden_size
         block = 2 * s * (4 * d * d + 2 * d * f) + 4 * s * s * d
-        last = 4 * s * d * d + 2 * (2 * d * d + 2 * d * f) + 4 * s * d
-        last = last if self.pool == "token" else block
+        last = block if self.pool == "mean" else (
+            4 * s * d * d + 2 * (2 * d * d + 2 * d * f) + 4 * s * d)
         head = 2 * d * self.num_classes + (2 * d * d if self.head == "mlp" else 0)
         embedding = 2 * self.num_patches * d * self.patch_dim
         return embedding + (self.num_layers - 1) * block + last + head
@@ -266,8 +264,7 @@ class TrainConfig(Step, Loader):
     resume: str = flag("auto", "auto: newest complete checkpoint of --output-dir; none; or a path")
     init_from: str | None = flag(
         None, "start from these weights: a checkpoint or output directory of this program, a file "
-        "of timm, Hugging Face or torchvision, Google's .npz, NeMo's .nemo, or timm:NAME, "
-        "torchvision:NAME, hf:ORG/NAME")
+        "of another library (weights.py says which), timm:NAME, torchvision:NAME or hf:ORG/NAME")
     init_image_size: int | tuple[int, int] | None = flag(
         None, "image size of those weights, where they do not tell and are not square",
         init_from=GIVEN)
@@ -301,8 +298,7 @@ class Untold:
         None, "image size of the weights, where they do not tell and are not square")
     num_attention_heads: int | None = flag(None, "attention heads", POSITIVE)
     layernorm_eps: float | None = flag(None, "epsilon of every LayerNorm")
-    gelu_approximate: Literal["none", "tanh", "quick"] | None = flag(None, "none: exact; tanh; "
-                                                                     "quick: CLIP's")
+    gelu_approximate: Literal["none", "tanh", "quick"] | None = flag(None, "none: exact GELU")
     mean: tuple[float, float, float] | None = flag(None, "pixel mean, R,G,B")
     std: tuple[float, float, float] | None = flag(None, "pixel deviation, R,G,B")
     crop_ratio: float | None = flag(None, "image side / resized shorter side", SHARE)
@@ -360,10 +356,9 @@ class ConvertConfig(Untold):
     """weights.py: a checkpoint, or a file of one library, as a file of another."""
 
     source: str = field(metadata={"help": "as evaluate.py's --checkpoint", "must": None})
-    output: str = field(metadata={"help": "a .pt or .safetensors file; .onnx; .pt2", "must": None})
+    output: str = field(metadata={"help": "a .pt or .safetensors file", "must": None})
     format: Literal["timm", "hf", "torchvision", "onnx", "torch-export"] = flag(
-        "timm", "library; hf: OUTPUT is FOLDER/model.safetensors, for from_pretrained; or a "
-        "program: onnx, torch-export (.pt2)")
+        "timm", "library; hf: OUTPUT is FOLDER/model.safetensors; or a program: .onnx, .pt2")
     dtype: Literal["float32", "float16", "bfloat16"] = flag(
         "float32", "of the weights in the file", format=("timm", "hf", "torchvision"))
 

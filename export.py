@@ -29,6 +29,13 @@ def write_program(path: str | Path, tensors: dict[str, torch.Tensor], vit: ViTCo
     path = Path(path)
     if path.suffix != ENDINGS[fmt]:
         raise ValueError(f"{path} must end in {ENDINGS[fmt]} for --format {fmt}")
+    if fmt == "onnx":
+        try:
+            import onnxruntime
+            import onnxscript  # noqa: F401 (the exporter's)
+        except ImportError as e:
+            raise ValueError("--format onnx needs `pip install onnx onnxscript onnxruntime` "
+                             f"({e})") from e
     model = ViT(vit, seed=None).eval()
     model.load_state_dict(tensors, strict=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,40 +44,27 @@ def write_program(path: str | Path, tensors: dict[str, torch.Tensor], vit: ViTCo
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporters, about their own insides
         program = torch.export.export(model, (images[:2],), dynamic_shapes=batch)
-        write, run, code = (_onnx if fmt == "onnx" else _torch_export)(program, path)
-        write()
-        difference = (run(images) - model(images)).abs().max().item()
+        if fmt == "onnx":
+            _write_onnx(program, path)
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        else:
+            write_atomically(path, lambda file: torch.export.save(program, file))
+            logits = torch.export.load(path).module()(images)
+        difference = (logits - model(images)).abs().max().item()
     if not difference <= 1e-4:
         raise ValueError(f"{path} computes other logits than the model, by {difference:.1e}")
-    return code
+    if fmt == "onnx":
+        return (f"import onnxruntime\nsession = onnxruntime.InferenceSession({str(path)!r})\n"
+                "logits = session.run(None, {'images': images})[0]")
+    return f"import torch\nlogits = torch.export.load({str(path)!r}).module()(images)"
 
 
-def _torch_export(program, path: Path):
-    return (lambda: write_atomically(path, lambda file: torch.export.save(program, file)),
-            lambda images: torch.export.load(path).module()(images),
-            f"import torch\nlogits = torch.export.load({str(path)!r}).module()(images)")
-
-
-def _onnx(program, path: Path):
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 (the exporter's)
-    except ImportError as e:
-        raise ValueError(f"--format onnx needs `pip install onnx onnxscript onnxruntime` ({e})"
-                         ) from e
+def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    large = sum(x.nbytes for x in program.state_dict.values()) > ONNX_LIMIT
     result = torch.onnx.export(program, dynamo=True, input_names=["images"],
                                output_names=["logits"], verbose=False)
-
-    def write():
-        if large:  # two files, whose names belong together
-            result.save(path, external_data=True)
-        else:
-            write_atomically(path, lambda file: result.save(file.name, external_data=False))
-
-    def run(images):
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    return write, run, (f"import onnxruntime\nsession = onnxruntime.InferenceSession({str(path)!r})"
-                        "\nlogits = session.run(None, {'images': images})[0]")
+    if sum(x.nbytes for x in program.state_dict.values()) > ONNX_LIMIT:
+        result.save(path, external_data=True)  # two files, whose names belong together
+    else:
+        write_atomically(path, lambda file: result.save(file.name, external_data=False))

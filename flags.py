@@ -7,6 +7,7 @@ beside which other flags it acts. configs.py holds the fields.
 import argparse
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from dataclasses import field, fields
@@ -35,8 +36,19 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def short_name(model: str) -> str:
+    """A ViT's name elsewhere as here: vit_base_patch16_224, vit_b_16 and ViT-B/16 are B16."""
+    sizes = dict(tiny="Ti", small="S", base="B", large="L", huge="H", gigantic="G", giant="g")
+    for word, letter in sizes.items():
+        model = model.replace(word, letter)
+    found = re.search(r"(?<![a-zA-Z])(Ti|[SBLHGgsblh])[_/-]?(?:patch)?(\d+)", model)
+    return re.sub("[sblh]", lambda m: m[0].upper(), found[1]) + found[2] if found else model
+
+
 def unknown(what: str, value: str, known, listed: bool = True) -> str:
-    near = difflib.get_close_matches(value, known, n=1)
+    """What to say of a value that is none of the known ones, with the nearest."""
+    near = [short_name(value)]
+    near = near if near[0] in known else difflib.get_close_matches(value, known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"{what} {value!r} is unknown{'; known: ' + ', '.join(known) if listed else ''}.{hint}"
 

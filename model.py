@@ -3,9 +3,8 @@
     tokens  x = dropout([class tokens; patches W_p + b_p] + positions)
     block   x = x + attention(norm1(x));  x = x + mlp(norm2(x))      each half: drop path, dropout
     output  logits = head(norm(x[token 0])); so the last block computes token 0 only
-
-What other ViTs have is there where their config says so: LayerScale (a factor on each feature of
-attention's and the MLP's result), a norm before the blocks, the patches' mean instead of token 0.
+    others  where the config says so: LayerScale of both halves, a norm before the blocks, and the
+            mean of the patches instead of token 0
 
 Parameter names and shapes are timm's, so that a public checkpoint loads with no mapping and ours
 opens there: cls_token, pos_embed, patch_embed.proj, blocks.N.{norm1, attn.qkv, attn.proj, norm2,
@@ -207,8 +206,8 @@ class ViT(nn.Module):
         last = LastBlock if config.pool == "token" else Block
         self.blocks = nn.Sequential(*(Block(config, grid.tp, rate) for rate in rates[:-1]),
                                     last(config, grid.tp, rates[-1]))
-        self.norm, self.fc_norm = ((nn.Identity(), norm()) if config.fc_norm else
-                                   (norm(), nn.Identity()))
+        norms = norm(), nn.Identity()                  # of the tokens, and of their mean
+        self.norm, self.fc_norm = reversed(norms) if config.fc_norm else norms
         self.pre_logits = PreLogits(d) if config.head == "mlp" else nn.Identity()
         self.head = nn.Linear(d, config.num_classes)
         if seed is not None and not self.pos_embed.is_meta:
@@ -226,10 +225,8 @@ class ViT(nn.Module):
         return self.norm_pre(patches + self.pos_embed)                         # [B, S, D]
 
     def output(self, x):                                    # [B, 1, D] token 0, or all, [B, S, D]
-        if self.config.pool == "token":
-            x = self.norm(x[:, 0])                                             # [B, D]
-        else:
-            x = self.norm(x[:, self.config.num_class_tokens:]).mean(1)         # [B, D]
+        first = self.config.num_class_tokens
+        x = self.norm(x[:, 0]) if self.config.pool == "token" else self.norm(x[:, first:]).mean(1)
         return self.head(self.pre_logits(self.fc_norm(x)))                     # [B, num_classes]
 
     @torch.no_grad()
@@ -264,8 +261,8 @@ class ViT(nn.Module):
         """What the weights are gathered and reduced by, in the order of the forward pass: a module
         whose forward is the first to use them, and they by name: embedding, blocks, head."""
         named = dict(self.named_parameters())
-        ends = ("norm.", "fc_norm.", "pre_logits.", "head.")
-        last = {n: p for n, p in named.items() if n.startswith(ends)}
+        last = {n: p for n, p in named.items() if n.startswith(("norm.", "fc_norm", "pre_logits",
+                                                                "head"))}
         blocks = [(block, {f"blocks.{i}.{n}": p for n, p in block.named_parameters()})
                   for i, block in enumerate(self.blocks)]
         first = {n: p for n, p in named.items() if n not in last and not n.startswith("blocks.")}

@@ -14,6 +14,18 @@ from pathlib import Path
 
 import torch
 
+NAMES = [  # (NeMo's, timm's), as those of weights.NAMES
+    ("backbone.cls_token", "cls_token"), ("backbone.position_embeddings", "pos_embed"),
+    ("backbone.linear_encoder.", "patch_embed.proj."),
+    ("backbone.preprocess_layernorm.", "norm_pre."),
+    ("backbone.transformer.layers.", "blocks."), (".input_layernorm.", ".norm1."),
+    (".self_attention.query_key_value.", ".attn.qkv."), (".self_attention.dense.", ".attn.proj."),
+    (".post_attention_layernorm.", ".norm2."), (".mlp.dense_h_to_4h.", ".mlp.fc1."),
+    (".mlp.dense_4h_to_h.", ".mlp.fc2."), (".post_attention_layerscale.", ".ls1."),
+    (".post_mlp_layerscale.", ".ls2."), ("backbone.transformer.final_layernorm.", "norm."),
+    ("head.dense_in.", "pre_logits.fc."), ("head.dense_out.", "head."),
+]
+
 
 class Refused(ValueError):
     """What is in the archive is not a model that this program has, and why."""
@@ -31,9 +43,9 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         ranks = sorted(name for name in files
                        if re.fullmatch(r"(mp_rank_\d+/)?model_weights\.ckpt", name))
         if "model_config.yaml" not in files or not ranks:
-            raise Refused("it has no model_config.yaml, or no model_weights.ckpt by tensor-parallel "
-                          "rank (other than with pipeline parallelism, or in Megatron's "
-                          f"distributed format); it holds {', '.join(list(files)[:4])}")
+            raise Refused(f"it holds {', '.join(list(files)[:4])}, not model_config.yaml and "
+                          "model_weights.ckpt, one for each tensor-parallel rank; pipeline "
+                          "parallelism and Megatron's distributed format are not read")
         config = yaml.safe_load(archive.extractfile(files["model_config.yaml"]))
         parts = [torch.load(io.BytesIO(archive.extractfile(files[name]).read()),
                             map_location="cpu", weights_only=True) for name in ranks]

@@ -25,9 +25,11 @@ from PIL import Image
 
 import data
 import evaluate
+import nemo_file
 import weights
 from checkpoint import save_checkpoint
 from configs import MODELS, ConvertConfig, EvalConfig, TrainConfig, ViTConfig, parse
+from export import write_program
 from model import ViT
 from parallel import Axis, Grid, ShardedOptimizer, shard
 from testing import generator, make_folder, paint, run_command, run_training
@@ -216,14 +218,15 @@ def test_a_hub_folder_tells_its_facts_and_a_backbone_has_no_head(tmp_path):
 
 
 def test_timms_registers_are_class_tokens_and_positions_are_never_guessed(tmp_path):
-    """reg_tokens=7 is our 8 class tokens; a file whose patches are no square, or whose class tokens
-    have no position, is refused without --init-image-size and exact with it."""
+    """reg_tokens=7 is our 8 class tokens; a file whose patches are no square, or whose positions
+    could be of two squares, is refused without --init-image-size and exact with it: 16 + 8 is no
+    other square, 9 + 8 positions may be 16 + 1."""
     for more, size, count in [(dict(reg_tokens=7), None, 8), (dict(img_size=(16, 64)), (16, 64), 1),
-                              (dict(no_embed_class=True), 32, 1)]:
+                              (dict(reg_tokens=7, img_size=24), 24, 8)]:
         theirs = their_model("timm", **more)
         torch.save(theirs.state_dict(), tmp_path / "w.pth")
-        if more == dict(no_embed_class=True):
-            with pytest.raises(ValueError, match="16 positions.*--init-image-size"):
+        if size == 24:
+            with pytest.raises(ValueError, match="17 positions.*--init-image-size"):
                 weights.read_weights(tmp_path / "w.pth")
         config = replace(SMALL, image_size=size or 32, num_class_tokens=count)
         ours, _, _ = ours_from(tmp_path / "w.pth", "timm", config, size)
@@ -246,6 +249,345 @@ def test_positions_are_bit_equal_at_the_same_size_and_equal_timms_at_others():
         assert torch.equal(ours[:, :8], pos[:, :8]) and (ours - theirs).abs().max() < 1e-6
         assert torch.equal(resize(pos.bfloat16(), 8, (14, 14), new),
                            resize(pos.bfloat16().float(), 8, (14, 14), new).bfloat16())
+
+
+PARTS = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32,
+             patch_size=8, intermediate_size=80)
+TEXT = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=30, bos_token_id=0, eos_token_id=1)
+DECODER = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+               decoder_intermediate_size=16, mask_ratio=0.0)
+
+
+def of_hf(name, config, part=None, result="pooler_output", **more):
+    """(a model of transformers, what of it our features or logits are)"""
+    import transformers
+    if name.startswith(("CLIPModel", "SiglipFor")):
+        more = dict(vision_config=PARTS, **more)
+    else:
+        more = PARTS | more
+    model = randomised(getattr(transformers, name)(getattr(transformers, config)(**more)))
+
+    def features(images, **options):
+        outputs = (getattr(model, part) if part else model)(images, **options)
+        return (outputs.last_hidden_state[:, 0] if result == "token" else
+                outputs.last_hidden_state.mean(1) if result == "mean" else outputs[result])
+    return model, features
+
+
+def of_timm(features=lambda model, images: model(images), cls="VisionTransformer", **more):
+    import timm
+    model = randomised(getattr(timm.models.deit if "Dist" in cls else timm.models, cls)(**dict(
+        img_size=32, patch_size=8, num_classes=5, embed_dim=32, depth=2, num_heads=4,
+        mlp_ratio=2.5) | more))
+    return model, partial(features, model)
+
+
+EPS = partial(torch.nn.LayerNorm, eps=1e-5)
+MASKS, HEAD = "what masked images are completed with", "the head, which reads "
+FAMILIES = {  # the library's model, what is compared; facts that shapes do not tell; left out
+    "DeiT-III (timm)": (lambda: of_timm(init_values=0.1, no_embed_class=True), {}, ""),
+    "DINOv2, registers (timm)": (lambda: of_timm(init_values=0.1, reg_tokens=4,
+                                                 no_embed_class=True), {}, ""),
+    "MAE, fine-tuned (timm)": (lambda: of_timm(global_pool="avg"), {}, ""),
+    "I-JEPA, GAP (timm)": (lambda: of_timm(global_pool="avg", fc_norm=False, class_token=False),
+                           dict(mean=(0.5,) * 3), ""),
+    "CLIP (timm)": (lambda: of_timm(pre_norm=True, norm_layer=EPS, act_layer="quick_gelu"),
+                    dict(layernorm_eps=1e-5), ""),
+    "SigLIP (timm)": (lambda: of_timm(
+        lambda model, images: model.forward_features(images).mean(1), global_pool="map",
+        class_token=False), dict(mean=(0.5,) * 3), f"attention pooling, {HEAD}attention pooling"),
+    "DeiT, distilled (timm)": (lambda: of_timm(
+        lambda model, images: model.forward_features(images)[:, 0],
+        cls="VisionTransformerDistilled"), {}, f"{HEAD}two tokens"),
+    "DINOv2": (lambda: of_hf("Dinov2Model", "Dinov2Config"), {}, MASKS),
+    "DINOv2, classes": (lambda: of_hf("Dinov2ForImageClassification", "Dinov2Config", "dinov2"),
+                        {}, f"{MASKS}, {HEAD}token 0 and the mean"),
+    "DINOv2, registers": (lambda: of_hf("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"),
+                          {}, MASKS),
+    "MAE": (lambda: of_hf("ViTMAEForPreTraining", "ViTMAEConfig", "vit", "token", **DECODER),
+            dict(layernorm_eps=1e-12), MASKS),
+    "DeiT, classes": (lambda: of_hf("DeiTForImageClassification", "DeiTConfig", None, "logits",
+                                    num_labels=5), dict(layernorm_eps=1e-12, mean=(0.5,) * 3), ""),
+    "CLIP": (lambda: of_hf("CLIPVisionModel", "CLIPVisionConfig"),
+             dict(layernorm_eps=1e-5, gelu_approximate="quick"), ""),
+    "CLIP, both towers": (lambda: of_hf("CLIPModel", "CLIPConfig", "vision_model",
+                                        text_config=TEXT, projection_dim=16),
+                          dict(layernorm_eps=1e-5, gelu_approximate="quick"),
+                          "the text tower and projections"),
+    "SigLIP": (lambda: of_hf("SiglipVisionModel", "SiglipVisionConfig", None, "mean"),
+               dict(gelu_approximate="tanh", mean=(0.5,) * 3), "attention pooling"),
+    "SigLIP, classes": (lambda: of_hf("SiglipForImageClassification", "SiglipConfig", None,
+                                      "logits", num_labels=5, text_config=TEXT),
+                        dict(gelu_approximate="tanh", mean=(0.5,) * 3), "attention pooling"),
+}
+
+
+def family_difference(name, folder):
+    """(largest difference of our logits, or features where the file has no head that is ours, from
+    the library's at the file's 32 px, that at 48 x 64, what was left out) for random weights that
+    the library wrote. At 48 x 64 theirs have our positions, but timm's, which resizes as we do."""
+    make, facts, _ = FAMILIES[name]
+    theirs, features = make()
+    if hasattr(theirs, "save_pretrained"):
+        theirs.save_pretrained(folder)
+        from safetensors.torch import load_file, save_file
+        save_file(load_file(folder / "model.safetensors"), folder / "alone.safetensors")
+        path = folder / "alone.safetensors"      # a file that tells nothing but shapes
+    else:
+        torch.save(theirs.state_dict(), path := folder / "w.pth")
+    found = weights.read_weights(path)
+    for key, value in (dict(layernorm_eps=1e-6, gelu_approximate="none") | facts).items():
+        assert found.facts[key] == value, key
+    if "mean" not in facts:
+        assert max(found.facts["mean"]) < 0.49, "ImageNet's or CLIP's"
+    quick = dict(gelu_approximate="quick") if name == "CLIP (timm)" else {}
+    with_classes = weights.Weights(found.format, found.tensors, dict(num_classes=5) | found.facts)
+    result = []
+    for size in (32, (48, 64)):
+        vit, _ = weights.whole_model(with_classes, "w", image_size=size, num_attention_heads=4,
+                                     **quick)
+        fitted, report = weights.fit_weights(found, vit)
+        ours = ViT(vit, seed=3).eval()
+        weights.load_weights(ours, fitted)
+        if "num_classes" not in found.facts:
+            ours.head = torch.nn.Identity()
+        options = {}
+        if size != 32 and hasattr(theirs, "set_input_size"):
+            theirs.set_input_size(size)
+        elif size != 32:
+            reg = 4 if "registers" in name else 0
+            pos = torch.cat([ours.pos_embed[:, :vit.num_class_tokens - reg],
+                             ours.pos_embed[:, vit.num_class_tokens:]], dim=1)
+            for module in theirs.modules():
+                if hasattr(module, "interpolate_pos_encoding"):
+                    module.interpolate_pos_encoding = lambda *args, pos=pos: pos
+            options = {} if "DINO" in name else dict(interpolate_pos_encoding=True)
+        images = torch.randn(3, 3, *vit.image_hw, generator=generator("images"))
+        with torch.no_grad():
+            y, z = ours(images), features(images, **options)
+        assert y.shape == z.shape and y.std() > 0.1
+        result.append((y - z).abs().max().item())
+    return *result, report[-1].partition("left out: ")[2]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_file_of_each_family_gives_its_librarys_features(tmp_path, name):
+    """Nothing is told but tensors: epsilon, GELU and pixels are the family's. 1e-4 as above; what
+    is left out is named."""
+    pytest.importorskip("timm" if "timm" in name else "transformers")
+    *differences, left_out = family_difference(name, tmp_path)
+    assert max(differences) <= 1e-4
+    assert left_out == FAMILIES[name][2]
+
+
+def test_a_hub_folder_may_be_in_parts_and_tells_of_its_image_tower(tmp_path):
+    """Sharded safetensors with their index, as a folder or by one of the parts; epsilon, GELU and
+    heads of the vision_config. A missing part is an error that names it."""
+    pytest.importorskip("transformers")
+    theirs, features = of_hf("CLIPModel", "CLIPConfig", "vision_model", text_config=TEXT)
+    theirs.config.vision_config.hidden_act = "gelu"
+    theirs.config.vision_config.layer_norm_eps = 1e-3
+    theirs.save_pretrained(tmp_path, max_shard_size="30KB")
+    parts = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(parts) > 2
+    for path in tmp_path, parts[1]:
+        facts = weights.read_weights(path).facts
+        assert (facts["num_attention_heads"], facts["layernorm_eps"], facts["gelu_approximate"],
+                facts["pre_norm"]) == (4, 1e-3, "none", True)
+    parts[1].unlink()
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        weights.read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(name="blocks.0.mlp.w12.weight"), "it has SwiGLU, which"),
+    (dict(name="blocks.0.attn.q_norm.weight"), "it has norms of q and k, which"),
+    (dict(name="blocks.0.attn.relative_position_bias_table"), "it has relative positions, which"),
+    (dict(name="rope.freqs"), "it has rotary positions, which"),
+    (dict(name="blocks.0.mlp.fc2.weight", shape=(32, 40)), "SwiGLU"),  # timm's packed, by its shape
+])
+def test_what_this_program_does_not_have_is_refused_by_name(tmp_path, change, words):
+    state = ViT(SMALL).state_dict() | {change["name"]: torch.ones(change.get("shape", (32,)))}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=words):
+        weights.read_weights(tmp_path / "w.pth")
+
+
+def test_a_norm_and_head_that_read_something_else_are_new(tmp_path):
+    """--pool mean --fc-norm, as MAE fine-tunes: fc_norm and head begin anew, and the report says
+    so. LayerScale or a norm before the blocks that the file has not makes another model."""
+    export(tmp_path / "w.pt", SMALL, "timm")
+    ours, _, report = ours_from(tmp_path / "w.pt", "timm", pool="mean", fc_norm=True)
+    assert report == ["28 weights loaded",
+                      "fc_norm newly initialised: the file's norm is elsewhere",
+                      "head newly initialised for 5 classes: the file's is linear, 5 classes, pool "
+                      "token"]
+    assert (ours.fc_norm.weight == 1).all() and not ours.head.weight.any()
+    found = weights.read_weights(tmp_path / "w.pt")
+    for change, words in (dict(layerscale=0.1), "layerscale 0.0 .this run: 0.1"), (
+            dict(pre_norm=True), "pre_norm False .this run: True"):
+        with pytest.raises(ValueError, match=words):
+            weights.fit_weights(found, replace(SMALL, **change))
+
+
+# ----------------------------------------------------------------------------- NeMo's files
+def write_nemo(path, state, config, tp, **changes):
+    """NeMo's archive of our weights, written from its layout: names, qkv by head, patches unfolded
+    [p, p, C], and each rank's columns and rows."""
+    import io
+    import tarfile
+
+    import yaml
+    p, heads = config.patch_size, config.num_attention_heads
+    back = [(ours, theirs) for theirs, ours in nemo_file.NAMES]
+    ranks = [{} for _ in range(tp)]
+    for name, x in state.items():
+        theirs = name if name.startswith("head.") and config.head == "linear" else (
+            weights.rename(name, back))
+        if ".qkv." in name:
+            x = x.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+        if name == "patch_embed.proj.weight":
+            x = x.permute(0, 2, 3, 1).flatten(1)
+        if name == "pos_embed":
+            x = x[0]
+        dim = (1 if name.endswith(("attn.proj.weight", "fc2.weight")) else
+               0 if ".qkv." in name or ".fc1." in name else None)
+        for rank, part in enumerate([x] * tp if dim is None else x.chunk(tp, dim)):
+            ranks[rank]["model." + theirs] = part.contiguous()
+    told = dict(num_attention_heads=heads, patch_dim=p, img_h=config.image_hw[0],
+                img_w=config.image_hw[1], layernorm_epsilon="1e-5", tensor_model_parallel_size=tp,
+                normalization="layernorm", megatron_legacy=False, openai_gelu=False) | changes
+    with tarfile.open(path, "w:gz") as archive:
+        def add(name, data):
+            member = tarfile.TarInfo("./" + name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        add("model_config.yaml", yaml.safe_dump(told).encode())
+        for rank, tensors in enumerate(ranks):
+            torch.save(tensors, buffer := io.BytesIO())
+            folder = f"mp_rank_{rank:02d}/" if tp > 1 else ""
+            add(f"{folder}model_weights.ckpt", buffer.getvalue())
+
+
+def test_nemos_archives_are_read_at_any_tensor_parallel_size(tmp_path):
+    """Bit-equal weights from tp 1, 2 and 4, with the pretraining head and the linear one,
+    LayerScale and the norm before the blocks; what model_config.yaml tells comes along; other
+    layouts are refused by name. (The layout is from NeMo's source; there is no file of NeMo's.)"""
+    pytest.importorskip("yaml")
+    path = tmp_path / "vit.nemo"
+    for tp, change in [(1, dict(head="mlp")), (2, dict(layerscale=0.5, pre_norm=True)),
+                       (4, dict(head="mlp", image_size=(16, 32)))]:
+        config = replace(SMALL, num_class_tokens=8, **change)
+        model = randomised(ViT(config))
+        write_nemo(path, model.state_dict(), config, tp, bias_activation_fusion=tp == 4)
+        found = weights.read_weights(path)
+        vit, facts = weights.whole_model(found, path)
+        gelu = "tanh" if tp == 4 else "none"
+        assert vit == replace(config, layernorm_eps=1e-5, gelu_approximate=gelu, layerscale=1e-5
+                              if config.layerscale else 0.0, image_size=config.image_hw)
+        assert (found.format, facts["mean"][0], facts["crop_ratio"]) == ("nemo", 0.485, 1.0)
+        fitted, _ = weights.fit_weights(found, vit)
+        assert fitted.keys() == model.state_dict().keys()
+        assert all(torch.equal(x, fitted[name]) for name, x in model.state_dict().items())
+    for change, words in [(dict(megatron_legacy=True), "megatron_legacy is True, not False"),
+                          (dict(normalization="rmsnorm"), "is rmsnorm, not layernorm"),
+                          (dict(tensor_model_parallel_size=8), "4 parts of tensor_model_par.*8")]:
+        write_nemo(path, model.state_dict(), config, 4, **change)
+        with pytest.raises(ValueError, match=words):
+            weights.read_weights(path)
+
+
+# ----------------------------------------------------------------------------- by name
+def test_torchvisions_names_come_from_its_cache_with_its_facts(tmp_path, monkeypatch):
+    """The file that its enum names, in its folder; pixels, crop and classes of the enum. Without a
+    network the error says which file to put where; a mistyped name is answered with the nearest."""
+    import torchvision
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    kept = tmp_path / "hub/checkpoints"
+    kept.mkdir(parents=True)
+    theirs = their_model("torchvision", replace(SMALL, image_size=224))
+    torch.save(theirs.state_dict(), kept / "vit_b_16-c867db91.pth")
+    for name in "vit_b_16", "vit_b_16.IMAGENET1K_V1":
+        found = weights.read_weights(f"torchvision:{name}")
+        assert found.format == "torchvision" and found.facts["classes"][0] == "tench"
+        assert (found.facts["image_size"], found.facts["crop_ratio"]) == (224, 224 / 256)
+        assert torch.equal(found.tensors["norm.weight"], theirs.encoder.ln.weight)
+    (kept / "vit_b_16-c867db91.pth").unlink()
+
+    def no_network(*args, **options):
+        raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", no_network)
+    for name, words in [("vit_b_16", "torchvision:vit_b_16: .*Temporary failure.*; put https.*"
+                                     f"/vit_b_16-c867db91.pth into {kept}$"),
+                        ("vit_b16", "Did you mean vit_b_16"),
+                        ("vit_b_16.IMAGENET_V1", "Did you mean IMAGENET1K_V1")]:
+        with pytest.raises(ValueError, match=words):
+            weights.read_weights(f"torchvision:{name}")
+
+
+def test_timms_names_bring_what_its_model_knows(tmp_path, monkeypatch):
+    """Heads, epsilon, GELU, pooling and pixels of the model that timm builds and loads, here one
+    that is registered for the test; a mistyped name, and a model that is no ViT, are named."""
+    timm = pytest.importorskip("timm")
+    from timm.models import generate_default_cfgs, register_model
+    theirs = randomised(timm.models.VisionTransformer(**TIMM_SMALL))
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+
+    def vit_of_this_test(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None,
+                         **more):
+        return timm.models.build_model_with_cfg(
+            timm.models.VisionTransformer, "vit_of_this_test", pretrained, pretrained_strict=True,
+            **TIMM_SMALL | more)
+    vit_of_this_test.__module__ = __name__
+    globals()["default_cfgs"] = generate_default_cfgs({"vit_of_this_test.a": dict(
+        file=str(tmp_path / "w.pth"), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.95,
+        num_classes=5, input_size=(3, 32, 32), first_conv="patch_embed.proj", classifier="head")})
+    register_model(vit_of_this_test)
+    found = weights.read_weights("timm:vit_of_this_test.a")
+    vit, facts = weights.whole_model(found, "it")
+    assert (vit.num_attention_heads, vit.layernorm_eps, vit.gelu_approximate, vit.pool,
+            vit.image_size, facts["crop_ratio"], facts["mean"]) == (
+                8, 1e-3, "tanh", "mean", (32, 32), 0.95, (0.1, 0.2, 0.3))
+    model = ViT(vit).eval()
+    weights.load_weights(model, weights.fit_weights(found, vit)[0])
+    assert_same_logits(model, theirs)
+    with pytest.raises(ValueError, match="vit_base_patch16_225' is unknown. Did you mean vit_base"):
+        weights.read_weights("timm:vit_base_patch16_225")
+    with pytest.raises(ValueError, match="it is a ResNet of timm, no VisionTransformer"):
+        monkeypatch.setattr(timm, "create_model", lambda *args, **options: timm.models.ResNet(
+            timm.models.resnet.BasicBlock, (1, 1, 1, 1)))
+        weights.read_weights("timm:resnet18")
+
+    def no_network(*args, **options):
+        raise OSError("no network")
+    monkeypatch.setattr(timm, "create_model", no_network)
+    with pytest.raises(ValueError, match=r"downloaded \(no network\); put the weights of https.*"):
+        weights.read_weights("timm:vit_base_patch16_224")
+
+
+TIMM_SMALL = dict(img_size=32, patch_size=8, num_classes=5, embed_dim=32, depth=2, num_heads=8,
+                  mlp_ratio=2.5, norm_layer=partial(torch.nn.LayerNorm, eps=1e-3),
+                  act_layer="gelu_tanh", global_pool="avg", fc_norm=False)
+
+
+def test_hugging_faces_names_come_from_its_cache(tmp_path, monkeypatch):
+    """A repository in the hub's cache is read as its folder; one that is not, without a network,
+    says what to put where."""
+    hub = pytest.importorskip("huggingface_hub")
+    pytest.importorskip("transformers")
+    theirs, features = of_hf("Dinov2Model", "Dinov2Config")
+    repository = tmp_path / "models--some--vit"
+    theirs.save_pretrained(repository / "snapshots/abc")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc")
+    monkeypatch.setattr(hub, "snapshot_download", partial(
+        hub.snapshot_download, cache_dir=tmp_path, local_files_only=True))
+    facts = weights.read_weights("hf:some/vit").facts
+    assert (facts["num_attention_heads"], facts["layerscale"]) == (4, 1e-5)
+    with pytest.raises(ValueError, match="^hf:some/other: it cannot be downloaded .*; put config.js"
+                                         "on, .*model.safetensors of https://huggingface.co/some/o"):
+        weights.read_weights("hf:some/other")
 
 
 def test_weights_load_by_layout_and_only_a_head_of_another_size_is_new(tmp_path):
@@ -288,16 +630,21 @@ def test_what_comes_with_weights_yields_to_flags(tmp_path):
     """Training takes class tokens, epsilon, GELU, head and pixels, and no more; a flag wins;
     fine-tuning has its own head."""
     config = replace(SMALL, head="mlp", layernorm_eps=1e-5, gelu_approximate="tanh", num_classes=7)
+    config = replace(config, pool="mean", fc_norm=True, layerscale=0.5, pre_norm=True)
     found = weights.Weights("torchvision", {}, {**asdict(config), **OUR_FACTS, "crop_ratio": 1.0})
     for recipe, head in (("pretrain", "mlp"), ("finetune", "linear")):
         given = dict(std=(1.0, 1.0, 1.0), image_size=32, recipe=recipe)
         run = TrainConfig(recipe=recipe, std=given["std"])
         vit = replace(MODELS["B16"], image_size=32, head="linear")
         run2, vit2, taken = weights.adopt(found, run, vit, given)
-        assert vit2 == replace(vit, num_class_tokens=1, layernorm_eps=1e-5, head=head,
-                               gelu_approximate="tanh"), "--model decides the shape"
+        assert vit2 == replace(
+            vit, num_class_tokens=1, layernorm_eps=1e-5, head=head, gelu_approximate="tanh",
+            pool="mean", fc_norm=True, layerscale=0.5, pre_norm=True), "--model decides the shape"
+        # Another pooling than the file's has no norm of the mean.
+        assert not weights.adopt(found, run, vit, given | dict(pool="token"))[1].fc_norm
         assert run2 == replace(run, mean=OUR_FACTS["mean"]) and run2.std == (1, 1, 1)
         assert taken.keys() == {"num_class_tokens", "layernorm_eps", "gelu_approximate", "mean",
+                                "pool", "fc_norm", "layerscale", "pre_norm",
                                 *(["head"] if head == "mlp" else [])}
 
 
@@ -356,7 +703,10 @@ def export(path, config, fmt, facts=OUR_FACTS):
     ("timm", "w.pt", {}), ("timm", "w.safetensors", {}), ("hf", "model.safetensors", {}),
     ("torchvision", "w.pt", {}), ("torchvision", "w.safetensors", dict(head="mlp")),
     ("timm", "w.pt", dict(num_class_tokens=8, image_size=(16, 40), gelu_approximate="tanh")),
-    ("timm", "w.safetensors", dict(hidden_size=224, ffn_hidden_size=976))])
+    ("timm", "w.safetensors", dict(hidden_size=224, ffn_hidden_size=976)),
+    ("timm", "w.pt", dict(pool="mean", num_class_tokens=0, gelu_approximate="quick")),
+    ("timm", "w.pt", dict(pool="mean", fc_norm=True, layerscale=0.5, pre_norm=True,
+                          num_class_tokens=5))])
 def test_an_export_opens_strictly_in_its_library_and_returns_bit_equal(tmp_path, fmt, name, change):
     """The printed code, run as it is, gives a model with our logits; our reader gets the same bits
     back, with the run's own epsilon and pixels. Eight class tokens are timm's token and seven
@@ -371,6 +721,10 @@ def test_an_export_opens_strictly_in_its_library_and_returns_bit_equal(tmp_path,
     assert_same_logits(model, scope["model"].eval(), config.image_hw)
     back, facts, report = ours_from(tmp_path / name, fmt, config)
     assert len(report) == 1 and facts["std"] == OUR_FACTS["std"] and facts["layernorm_eps"] == 1e-5
+    if config.pre_norm:  # timm's patches have no bias before that norm: it is in the positions
+        with torch.no_grad():
+            model.pos_embed[:, config.num_class_tokens:] += model.patch_embed.proj.bias
+            model.patch_embed.proj.bias.zero_()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters(),
                                                  strict=True))
 
@@ -393,11 +747,59 @@ def test_a_hugging_face_export_is_a_folder_with_classes_and_pixels(tmp_path):
     (dict(head="mlp"), "timm", "no place for the pretraining head.*--format torchvision"),
     (dict(image_size=(16, 32)), "torchvision", "square"),
     (dict(gelu_approximate="tanh"), "torchvision", "exact GELU"),
+    (dict(pool="mean", layerscale=0.5), "hf", "no --pool mean, --layerscale 0.5, which .*timm"),
+    (dict(pre_norm=True, gelu_approximate="quick"), "torchvision", "no --pre-norm True, --gelu-a"),
 ])
 def test_what_a_library_does_not_have_is_refused(change, fmt, words):
     config = replace(SMALL, **change)
     with pytest.raises(ValueError, match=words):
         weights.to_format(ViT(config).state_dict(), config, fmt)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_file_may_be_of_half_the_bytes(tmp_path, dtype):
+    """--dtype: each weight is the fp32 one rounded once, and is read back as fp32."""
+    model, _ = export(tmp_path / "w.pt", SMALL, "timm")
+    weights.main([str(tmp_path / "w.pt"), str(tmp_path / "half.safetensors"), "--dtype", dtype])
+    assert os.path.getsize(tmp_path / "half.safetensors") < 0.6 * os.path.getsize(
+        tmp_path / "w.pt")
+    found = weights.read_weights(tmp_path / "half.safetensors")
+    fitted, _ = weights.fit_weights(found, SMALL)
+    for name, x in model.state_dict().items():
+        assert torch.equal(fitted[name], x.to(getattr(torch, dtype)).float())
+
+
+@pytest.mark.parametrize("fmt, name, packages", [
+    ("onnx", "m.onnx", ["onnx", "onnxscript", "onnxruntime"]), ("torch-export", "m.pt2", [])])
+def test_a_program_gives_our_logits_for_any_number_of_images(tmp_path, fmt, name, packages, capsys):
+    """The printed code, run as it is, for 1 and 5 images, of a model with all options: within 1e-4
+    (1e-6 was seen). The wrong ending is refused before anything is written."""
+    for package in packages:
+        pytest.importorskip(package)
+    config = replace(SMALL, image_size=(16, 32), pool="mean", fc_norm=True, layerscale=0.5,
+                     pre_norm=True, gelu_approximate="quick", num_class_tokens=3)
+    model, _ = export(tmp_path / "w.pt", config, "timm")
+    capsys.readouterr()
+    weights.main([str(tmp_path / "w.pt"), str(tmp_path / name), "--format", fmt])
+    code = capsys.readouterr().out.split("Opens with\n\n")[1]
+    for count in 1, 5:
+        images = torch.randn(count, 3, 16, 32)
+        scope = {"images": images.numpy() if fmt == "onnx" else images}
+        exec(code, scope)
+        with torch.no_grad():
+            difference = torch.as_tensor(scope["logits"]) - model.eval()(images)
+        assert difference.shape == (count, 5) and difference.abs().max() < 1e-4
+    with pytest.raises(SystemExit):
+        weights.main([str(tmp_path / "w.pt"), str(tmp_path / "m.pth"), "--format", fmt])
+    assert f"must end in {name[1:]}" in capsys.readouterr().err
+    assert not (tmp_path / "m.pth").exists()
+
+
+def test_a_missing_exporter_is_named_with_what_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ValueError, match="pip install onnx onnxscript onnxruntime"):
+        write_program(tmp_path / "m.onnx", ViT(SMALL).state_dict(), SMALL, "onnx")
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
@@ -450,7 +852,8 @@ def write_broken(path, kind):
         "code": {"patch_embed.proj.weight": Code(path)}, "list": [torch.ones(2)],
         "numbers": {0: torch.ones(2)},
         "resnet": {"conv1.weight": torch.ones(2), "bn1.weight": torch.ones(2)},
-        "unknown": good | {"blocks.0.ls1.gamma": torch.ones(32)},
+        "unknown": good | {f"blocks.{i}.ls{j}.gamma": torch.ones(32)
+                           for i, j in ((0, 1), (0, 2), (1, 1))} | {"thing": torch.ones(32)},
         "missing": without("blocks.1.mlp.fc2.bias"), "half a head": without("head.bias"),
         "misshapen": good | {"norm.weight": torch.ones(31)},
         "no class token": without("cls_token"), "no positions": without("pos_embed"),
@@ -489,15 +892,16 @@ def write_broken(path, kind):
     ("w.pth", "list", "not a dictionary of named tensors"),
     ("w.pth", "numbers", "not a dictionary of named tensors"),
     ("w.pth", "resnet", "not a ViT of timm, .*conv1.weight, bn1.weight"),
-    ("w.pth", "unknown", r"1 unknown \(blocks.0.ls1.gamma\)"),
+    ("w.pth", "unknown", r"1 missing \(blocks.1.ls2.gamma\)"),
     ("w.pth", "missing", r"1 missing \(blocks.1.mlp.fc2.bias\)"),
     ("w.pth", "half a head", r"1 missing \(head.bias\)"),
     ("w.pth", "misshapen", r"1 misshapen \(norm.weight\)"),
-    ("w.pth", "no class token", "no ViT with a class token"),
-    ("w.pth", "no positions", "no ViT with a class token and positions"),
+    ("w.pth", "no class token", "17 positions, which are not 0 class tokens and a 4x4 grid"),
+    ("w.pth", "no positions", "no ViT with positions"),
     ("w.pth", "no blocks", "or is incomplete"),
     ("w.pth", "twice", "of torchvision's form.*under two names"),
-    ("w.onnx", "text", "must end in .pt, .pth, .bin, .safetensors or .npz"),
+    ("w.onnx", "text", "must end in .pt, .pth, .bin, .safetensors, .npz or .nemo"),
+    ("w.nemo", "text", "truncated or damaged, or not a .nemo file of plain tensors"),
     ("w.pth", "nothing", "there is no such file"),
     ("w.pth", "folder", "holds no complete checkpoint"),
     ("step_00000001", "folder", "not a complete checkpoint: meta.json cannot be read: No such"),
@@ -580,6 +984,8 @@ def test_the_command_converts_an_output_directory_and_prints_the_code(tmp_path, 
     ("w.pt", "out/w.pt", ["--num-attention-heads", "8"], "num_attention_heads 4 .this run: 8"),
     ("w.pt", "file/w.pt", [], "file/w.pt cannot be written"),
     ("w.pt", "out/w.pt", ["--foo", "1"], "unknown flag --foo"),
+    ("w.pt", "out/m.pt2", ["--format", "torch-export", "--dtype", "float16"],
+     "--dtype has no effect with --format torch-export"),
 ])
 def test_what_the_command_cannot_do_is_one_line_and_exit_code_2(tmp_path, capsys, source, output,
                                                                 flags, words):

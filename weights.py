@@ -96,16 +96,7 @@ NAMES = {
         ("Transformer/encoder_norm/", "norm."), ("pre_logits/", "pre_logits.fc."),
         ("head/", "head."), ("kernel", "weight"), ("scale", "weight"),
     ],
-    "nemo": [
-        ("backbone.cls_token", "cls_token"), ("backbone.position_embeddings", "pos_embed"),
-        ("backbone.linear_encoder.", "patch_embed.proj."), ("backbone.transformer.layers.", "blocks."),
-        ("backbone.preprocess_layernorm.", "norm_pre."), (".input_layernorm.", ".norm1."),
-        (".post_attention_layernorm.", ".norm2."), (".self_attention.dense.", ".attn.proj."),
-        (".self_attention.query_key_value.", ".attn.qkv."), (".mlp.dense_h_to_4h.", ".mlp.fc1."),
-        (".mlp.dense_4h_to_h.", ".mlp.fc2."), (".post_attention_layerscale.", ".ls1."),
-        (".post_mlp_layerscale.", ".ls2."), ("backbone.transformer.final_layernorm.", "norm."),
-        ("head.dense_in.", "pre_logits.fc."), ("head.dense_out.", "head."),
-    ],
+    "nemo": nemo_file.NAMES,
 }
 HF_PREFIX = r"^(deit|dinov2|dinov2_with_registers|vision_model)\."  # read as `vit.`
 # Where a file is silent: of a format, or of all its files that have a weight whose name is like it.
