@@ -34,10 +34,6 @@ class Refused(ValueError):
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """(whole tensors in our shapes under NeMo's names, what model_config.yaml tells of
     weights.TOLD). Raises Refused, or what tarfile, yaml and torch raise for a damaged file."""
-    try:
-        import yaml
-    except ImportError as e:
-        raise Refused(f"it needs `pip install pyyaml` ({e})") from e
     with tarfile.open(path) as archive:
         files = {re.sub(r"^\./", "", member.name): member for member in archive if member.isfile()}
         ranks = sorted(name for name in files
@@ -46,6 +42,10 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
             raise Refused(f"it holds {', '.join(list(files)[:4])}, not model_config.yaml and "
                           "model_weights.ckpt, one for each tensor-parallel rank; pipeline "
                           "parallelism and Megatron's distributed format are not read")
+        try:
+            import yaml
+        except ImportError as e:
+            raise Refused(f"it needs `pip install pyyaml` ({e})") from e
         config = yaml.safe_load(archive.extractfile(files["model_config.yaml"]))
         parts = [torch.load(io.BytesIO(archive.extractfile(files[name]).read()),
                             map_location="cpu", weights_only=True) for name in ranks]

@@ -609,6 +609,9 @@ def test_weights_load_by_layout_and_only_a_head_of_another_size_is_new(tmp_path)
     export(tmp_path / "demo.pt", demo, "timm")
     with pytest.raises(ValueError, match=r"hidden_size 96 \(this run: 32\).*of --model demo$"):
         weights.fit_weights(weights.read_weights(tmp_path / "demo.pt"), SMALL)
+    facts = weights.SILENT["timm"] | asdict(replace(MODELS["L16"], patch_size=14))
+    with pytest.raises(ValueError, match=r"patch_size 14 .*shape of --model L16 --patch-size 14"):
+        weights.fit_weights(weights.Weights("timm", {}, facts), MODELS["L16"])
 
 
 def test_a_head_of_another_kind_is_new(tmp_path):
@@ -679,6 +682,9 @@ def test_heads_are_told_or_the_tables_and_never_guessed():
     facts.pop("num_attention_heads")
     vit, _ = weights.whole_model(weights.Weights("timm", {}, facts), "w.pth")
     assert vit == replace(MODELS["Ti16"], num_classes=7, hidden_dropout=0.0)
+    big = facts | asdict(replace(MODELS["L16"], patch_size=14)) | dict(num_classes=7)
+    big.pop("num_attention_heads")
+    assert weights.whole_model(weights.Weights("timm", {}, big), "w")[0].num_attention_heads == 16
     odd = weights.Weights("timm", {}, facts | {"num_layers": 11})
     with pytest.raises(ValueError, match="^w.pth is none of Ti16, .*give --num-attention-heads$"):
         weights.whole_model(odd, "w.pth", num_attention_heads=None)

@@ -399,7 +399,7 @@ def whole_model(weights: Weights, source: str, **told) -> tuple[ViTConfig, dict]
         raise ValueError(f"{source} has no head: fine-tune it first (train.py --recipe finetune "
                          f"--init-from {source})")
     if "num_attention_heads" not in facts:
-        name = model_name(facts)
+        name = model_name(facts, SHAPE[:3])  # of any patch size
         if name is None:
             raise ValueError(f"{source} is none of {', '.join(MODELS)} and does not tell its "
                              f"number of heads: give --num-attention-heads")
@@ -408,10 +408,10 @@ def whole_model(weights: Weights, source: str, **told) -> tuple[ViTConfig, dict]
     return ViTConfig(**{f.name: facts[f.name] for f in fields(ViTConfig) if f.name in facts}), facts
 
 
-def model_name(facts: dict) -> str | None:
+def model_name(facts: dict, keys: tuple[str, ...] = SHAPE[:4]) -> str | None:
     """The entry of MODELS with the widths, depth and patch of these facts."""
     return next((name for name, shape in MODELS.items()
-                 if all(facts[k] == getattr(shape, k) for k in SHAPE[:4])), None)
+                 if all(facts[k] == getattr(shape, k) for k in keys)), None)
 
 
 def resize_pos_embed(pos: torch.Tensor, num_class_tokens: int, old: tuple[int, int],
@@ -443,9 +443,10 @@ def fit_weights(weights: Weights, vit: ViTConfig) -> tuple[dict[str, torch.Tenso
     if bool(facts["layerscale"]) != bool(vit.layerscale):
         odd.append(f"layerscale {facts['layerscale']} (this run: {vit.layerscale})")
     if odd:
-        name = model_name(facts)
+        name, alike = model_name(facts), model_name(facts, SHAPE[:3])
+        flags = alike if name else f"{alike} --patch-size {facts['patch_size']}"
         raise ValueError(f"the weights are of another model: {', '.join(odd)}"
-                         + (f"; it has the shape of --model {name}" if name else ""))
+                         + (f"; it has the shape of --model {flags}" if alike else ""))
     old = ViTConfig(patch_size=vit.patch_size, image_size=facts["image_size"]).grid_hw
     tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], vit.num_class_tokens, old,
                                             vit.grid_hw)
