@@ -515,7 +515,8 @@ def test_torchvisions_names_come_from_its_cache_with_its_facts(tmp_path, monkeyp
         assert torch.equal(found.tensors["norm.weight"], theirs.encoder.ln.weight)
     (kept / "vit_b_16-c867db91.pth").unlink()
 
-    def no_network(*args, **options):
+    def no_network(*args, check_hash, **options):
+        assert check_hash
         raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", no_network)
     for name, words in [("vit_b_16", "torchvision:vit_b_16: .*Temporary failure.*; put https.*"
