@@ -146,7 +146,8 @@ def ours_from(path, fmt, config=SMALL, image_size=None, **changes):
     assert found.format == fmt
     config = replace(config, layernorm_eps=found.facts["layernorm_eps"], **changes)
     fitted, report = weights.fit_weights(found, config)
-    model = ViT(config, seed=3).eval()
+    model = ViT(config, seed=None).eval()
+    model.init_weights(3, fitted)
     weights.load_weights(model, fitted)
     return model, found.facts, report
 
