@@ -503,10 +503,11 @@ def test_each_weight_is_drawn_from_the_seed_and_its_name():
 
 
 def test_weights_that_will_be_loaded_are_not_drawn():
-    """init_weights leaves those that it is told of as they were, draws the others as always, and
-    ViT(seed=None) draws none."""
+    """init_weights leaves those that it is told of as they were, draws the others as always, but a
+    new head beside them is zero, and ViT(seed=None) draws none."""
     model, drawn = ViT(TINY), ViT(TINY).state_dict()
     names = set(drawn)
+    drawn["head.weight"].zero_()
     for loaded in (names, names - {"head.weight", "pos_embed"}):
         for p in model.parameters():
             p.data.fill_(7.0)
