@@ -110,7 +110,8 @@ class Operations(TorchDispatchMode):
 MAY_IMPORT = {
     "flags": "", "configs": "flags", "parallel": "configs", "model": "configs parallel",
     "augment": "configs", "data": "configs augment", "checkpoint": "configs parallel",
-    "resume": "configs checkpoint", "plan": "configs parallel model", "meter": "configs parallel data",
+    "resume": "configs checkpoint", "plan": "configs parallel model",
+    "meter": "configs parallel data",
     "runtime": "configs parallel model augment data meter",
     "evaluate": "configs parallel model augment data checkpoint plan meter runtime weights",
     "hub": "flags", "nemo_file": "", "export": "configs model checkpoint",
