@@ -13,6 +13,8 @@ Vision Transformers" (arXiv:2106.04560), Ti and S of DeiT (arXiv:2012.12877).
 
 import dataclasses
 import hashlib
+import itertools
+import os
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
@@ -22,7 +24,9 @@ from flags import (
     GIVEN,
     NOT_NEGATIVE,
     POSITIVE,
+    PROBABILITY,
     SHARE,
+    also,
     check,
     check_only,
     flag,
@@ -179,13 +183,16 @@ class Loader:
     pin_memory: bool = flag(True, "page-locked host batches (on CUDA)")
 
 
+CROPPED = "nemo", "crop-flip", "crop", "randaugment", "trivialaugment", "3-augment"
+
+
 @dataclass(frozen=True)
 class Step(Compute):
     """What one training step is. The defaults are the `pretrain` recipe."""
 
     model: str = flag("B16", "Ti16 S16 B16 L16 H16 H14 g14 G14 or demo; L/16 is L16")
-    recipe: str = flag("pretrain", "demo, pretrain, finetune (default: demo for the demo's data, "
-                       "else pretrain)")
+    recipe: str = flag("pretrain", "a name of configs.RECIPES (default: demo for the demo's data, "
+                       "small or small-finetune for a small folder, else pretrain)")
     seed: int = flag(0, "of weights, data order, augmentation and dropout", NOT_NEGATIVE)
     global_batch_size: int = flag(4096, "images of one optimizer step, over all ranks", POSITIVE)
     precision: Literal["fp32", "bf16", "bf16-O2", "bf16-O2-fp8"] = flag(
@@ -212,11 +219,27 @@ class Step(Compute):
     adam_eps: float = flag(1e-8, "AdamW epsilon", POSITIVE, optimizer="adamw")
     momentum: float = flag(0.9, "SGD momentum", BELOW_ONE, optimizer="sgd")
     clip_grad: float = flag(1.0, "largest global gradient norm; 0: no clipping", NOT_NEGATIVE)
+    # loss
+    loss: Literal["ce", "bce"] = flag("ce", "ce: softmax cross-entropy; bce: one binary loss a "
+                                      "class, both classes of a mixed image count as 1 (DeiT-III)")
+    label_smoothing: float = flag(0.0, "share of the target spread over all classes", BELOW_ONE,
+                                  loss="ce")
+    mixup: float = flag(0.0, "blend pairs of images, share from Beta(A, A); 0: never", NOT_NEGATIVE)
+    cutmix: float = flag(0.0, "cut boxes from each other, likewise; with --mixup by even odds",
+                         NOT_NEGATIVE)
     # images
-    augmentation: Literal["nemo", "crop-flip", "crop", "none"] = flag(
-        "nemo", "nemo: random crop, flip, AutoAugment, colour jitter 0.4/0.4/0.4/0.1")
-    crop_scale: float = flag(0.08, "least area of the random crop", SHARE,
-                             augmentation=("nemo", "crop-flip", "crop"))
+    augmentation: Literal[(*CROPPED, "none")] = flag(
+        "nemo", "random crop; but for crop also a flip; then nemo: AutoAugment, colour jitter "
+        "0.4/0.4/0.4/0.1; 3-augment: DeiT-III's three, jitter 0.3/0.3/0.3; none: the centre")
+    rand_augment: tuple[int, int] = flag(
+        (2, 9), "operations an image, magnitude of torchvision's 0 to 30",
+        ("be a number from 1 on and a magnitude in 0..30", lambda x: x[0] > 0 and 0 <= x[1] <= 30),
+        augmentation="randaugment")
+    random_erasing: float = flag(0.0, "probability that a box is filled with the mean pixel",
+                                 PROBABILITY, augmentation=CROPPED)
+    repeated_augmentation: int = flag(1, "views of each image in a batch, of as many fewer images",
+                                      POSITIVE)
+    crop_scale: float = flag(0.08, "least area of the random crop", SHARE, augmentation=CROPPED)
     mean: tuple[float, float, float] = flag((0.485, 0.456, 0.406), "pixel mean, R,G,B")
     std: tuple[float, float, float] = flag((0.229, 0.224, 0.225), "pixel deviation, R,G,B",
                                            ("be positive", lambda std: min(std) > 0))
@@ -238,6 +261,8 @@ class TrainConfig(Step, Loader):
         "or ImageNet's LOC_val_solution.csv", data=FOLDER)
     output_dir: str = flag("output", "checkpoints, metrics.jsonl, TensorBoard")
     epochs: float = flag(300.0, "length of the run, if --max-steps is not given", POSITIVE)
+    warmup_epochs: float | None = flag(None, "length of the warm-up, instead of --warmup-steps",
+                                       NOT_NEGATIVE)
     max_steps: int | None = flag(None, "length of the run in optimizer steps", POSITIVE)
     crop_ratio: float = flag(0.875, "evaluation: image side / resized shorter side", SHARE)
     max_unreadable: float = flag(0.001, "share of unreadable training images that ends the run",
@@ -267,12 +292,13 @@ class BenchmarkConfig(Step, Loader):
                                          "every replica)", POSITIVE)
     data: str | None = flag(None, "a folder, or 'shapes': its loader is timed too, alone and with "
                             "the steps (default: random images only)")
-    num_workers: int = flag(8, "processes per rank that load images", NOT_NEGATIVE, data=GIVEN)
-    prefetch_factor: int = flag(4, "micro-batches that each worker holds ready", POSITIVE,
-                                data=GIVEN)
-    pin_memory: bool = flag(True, "page-locked host batches (on CUDA)", data=GIVEN)
-    crop_scale: float = flag(0.08, "least area of the random crop", SHARE, data=GIVEN,
-                             augmentation=("nemo", "crop-flip", "crop"))
+    num_workers: int = also(Loader, "num_workers", data=GIVEN)
+    prefetch_factor: int = also(Loader, "prefetch_factor", data=GIVEN)
+    pin_memory: bool = also(Loader, "pin_memory", data=GIVEN)
+    rand_augment: tuple[int, int] = also(Step, "rand_augment", data=GIVEN)
+    random_erasing: float = also(Step, "random_erasing", data=GIVEN)
+    repeated_augmentation: int = also(Step, "repeated_augmentation", data=GIVEN)
+    crop_scale: float = also(Step, "crop_scale", data=GIVEN)
     profile: str | None = flag(None, "a folder for traces; also prints where a step's time goes")
 
 
@@ -348,7 +374,12 @@ class ConvertConfig(Untold):
         "timm", "library; hf: OUTPUT is FOLDER/model.safetensors, for from_pretrained")
 
 
+# ----------------------------------------------------------------------------- recipes
 # What a recipe changes of the defaults above; a key may be a field of the model or of the run.
+# Accuracies are top-1 on ImageNet-1k as their authors publish them; none was trained here. Each of
+# those recipes differs by our bf16-O2, lr by step, bicubic crop and decay on matrices alone.
+PLAIN = dict(num_class_tokens=1, head="linear", hidden_dropout=0.0)  # timm's shape
+MIXED = dict(mixup=0.8, cutmix=1.0)
 RECIPES = {
     # Built-in images, a model of 0.5 M parameters, minutes on two CPU cores.
     "demo": dict(
@@ -363,8 +394,78 @@ RECIPES = {
     "finetune": dict(
         head="linear", max_steps=20_000, global_batch_size=512, optimizer="sgd", lr=0.03,
         min_lr=0.0, warmup_steps=0, weight_decay=0.0, augmentation="crop-flip"),
+    # torchvision references/classification: B/16 81.072, L/16 79.662 (README, model files). It has
+    # EMA, decays all weights of B/16, and draws one mix a batch and rank.
+    "torchvision": PLAIN | dict(
+        epochs=300.0, warmup_epochs=30.0, min_lr=0.0, label_smoothing=0.11, mixup=0.2, cutmix=1.0,
+        augmentation="randaugment", rand_augment=(2, 9), repeated_augmentation=3),
+    # DeiT-III's first stage (README_revenge.md, engine.py): B/16 82.82 at 192 px, L/16 84.02, S/16
+    # 81.4 at 224; 20 epochs at 224 px follow: B 83.8, L 84.9, H/14 85.2. It has LAMB, LayerScale,
+    # and one drop path rate in all blocks, where ours grows to this one over the depth.
+    "deit3": PLAIN | MIXED | dict(
+        epochs=800.0, warmup_epochs=5.0, global_batch_size=2048, weight_decay=0.05, loss="bce",
+        augmentation="3-augment", repeated_augmentation=3, crop_ratio=1.0),
+    # "Better plain ViT baselines" (arXiv:2205.01580, vit_s16_i1k.py): S/16 76.5 after 90 epochs, 80
+    # after 300. It has sin-cos positions and the mean of the patches in place of a class token. Its
+    # RandAugment(2, 10) is at its maximum, so 30 of 30 here, with other operations (solarizing does
+    # nothing there); its decay of 1e-4 joins after the rate, so 0.1 in AdamW's terms.
+    "simple": dict(
+        model="S16", num_class_tokens=1, hidden_dropout=0.0, epochs=90.0, global_batch_size=1024,
+        lr=1e-3, min_lr=0.0, warmup_steps=10_000, weight_decay=0.1, mixup=0.2, crop_scale=0.05,
+        augmentation="randaugment", rand_augment=(2, 30), mean=(0.5,) * 3, std=(0.5,) * 3),
+    # MAE's fine-tuning (FINETUNE.md) of its own weights: B/16 83.66, L/16 85.95, H/14 86.93. It has
+    # layer-wise decay, the mean of the patches, noise in erased boxes. timm's rand-m9 is 27 of 30.
+    "mae-finetune": PLAIN | MIXED | dict(
+        epochs=50.0, warmup_epochs=5.0, global_batch_size=1024, lr=4e-3, min_lr=1e-6,
+        weight_decay=0.05, clip_grad=0.0, label_smoothing=0.1, random_erasing=0.25,
+        augmentation="randaugment", rand_augment=(2, 27)),
+    # A folder of some hundred to some thousand images, from nothing; of no paper.
+    "small": PLAIN | MIXED | dict(
+        model="Ti16", precision="bf16", epochs=300.0, warmup_epochs=10.0, global_batch_size=64,
+        lr=1e-3, weight_decay=0.05, label_smoothing=0.1, augmentation="randaugment",
+        random_erasing=0.25, eval_interval=500),
+    # The same with --init-from; of no paper.
+    "small-finetune": PLAIN | dict(
+        precision="bf16", epochs=50.0, warmup_epochs=5.0, global_batch_size=64, lr=1e-4,
+        min_lr=1e-6, weight_decay=0.05, label_smoothing=0.1, drop_path_rate=0.1,
+        augmentation="randaugment", eval_interval=500),
 }
-FINETUNE_IMAGE_SIZE = {16: 512, 14: 518}  # by patch size; 512 is no multiple of 14
+# And what it changes for one model.
+RECIPES_OF_MODELS = {
+    "finetune": {  # 512 is no multiple of 14
+        **dict.fromkeys(("Ti16", "S16", "B16", "L16", "H16"), dict(image_size=512)),
+        **dict.fromkeys(("H14", "g14", "G14"), dict(image_size=518))},
+    "torchvision": {"L16": dict(
+        epochs=600.0, warmup_epochs=5.0, global_batch_size=1024, optimizer="sgd", lr=0.5,
+        weight_decay=2e-5, label_smoothing=0.1, random_erasing=0.1, precision="fp32",
+        augmentation="trivialaugment", crop_ratio=224 / 242)},
+    "deit3": {
+        "S16": dict(lr=4e-3, drop_path_rate=0.05),
+        "B16": dict(image_size=192, drop_path_rate=0.2),
+        "L16": dict(image_size=192, drop_path_rate=0.45),
+        "H14": dict(image_size=154, drop_path_rate=0.6)},  # of 160 its patches cover 154
+    "mae-finetune": {
+        "B16": dict(epochs=100.0, lr=2e-3, drop_path_rate=0.1),
+        "L16": dict(drop_path_rate=0.2),
+        "H14": dict(drop_path_rate=0.3)},
+}
+FINE_TUNING = "finetune", "mae-finetune", "small-finetune"  # these need --init-from
+SMALL_FOLDER = 250_000  # training images; fewer cannot reach the peak rate of `pretrain`
+
+
+def default_recipe(cls, given: dict) -> str:
+    """Without --recipe: `demo` for the demo's data; for a folder of fewer than SMALL_FOLDER
+    training images `small`, with --init-from `small-finetune`; else `pretrain`."""
+    data = given.get("data", cls.data)
+    if not issubclass(cls, TrainConfig) or data == "shapes" and "model" in given:
+        return "pretrain"
+    if data == "shapes":
+        return "demo"
+    images = (name for _, _, names in os.walk(os.path.join(data, "train"), followlinks=True)
+              for name in names)
+    if 0 < sum(1 for _ in itertools.islice(images, SMALL_FOLDER)) < SMALL_FOLDER:
+        return "small-finetune" if given.get("init_from") else "small"
+    return "pretrain"
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -381,21 +482,22 @@ def parse(cls, argv: list[str] | None = None) -> tuple:
         check_only(config, given)
         return config, given
     given = read_flags([cls, ViTConfig], argv)
-    drawn = issubclass(cls, TrainConfig) and given.get("data", cls.data) == "shapes"
-    recipe = given.get("recipe", "demo" if drawn and "model" not in given else "pretrain")
+    recipe = given["recipe"] if "recipe" in given else default_recipe(cls, given)
     if recipe not in RECIPES:
         raise ValueError(unknown("--recipe", recipe, RECIPES))
-    values = {**RECIPES[recipe], **given, "recipe": recipe}
-    values["model"] = values.get("model", cls.model).replace("/", "")
-    if values["model"] not in MODELS:
-        raise ValueError(unknown("--model", values["model"], MODELS))
-    shape = MODELS[values["model"]]
-    if recipe == "finetune" and shape.patch_size in FINETUNE_IMAGE_SIZE:
-        values.setdefault("image_size", FINETUNE_IMAGE_SIZE[shape.patch_size])
-    if {"epochs", "max_steps"} <= set(given):
-        raise ValueError("--epochs and --max-steps contradict each other; give one of them")
+    model = {"model": cls.model, **RECIPES[recipe], **given}["model"].replace("/", "")
+    if model not in MODELS:
+        raise ValueError(unknown("--model", model, MODELS))
+    values = RECIPES[recipe] | RECIPES_OF_MODELS.get(recipe, {}).get(model, {})
+    for one, other in (("epochs", "max_steps"), ("warmup_steps", "warmup_epochs")):
+        if {one, other} <= set(given):
+            raise ValueError(f"--{one} and --{other} contradict each other; give one of them"
+                             .replace("_", "-"))
+        if one in given:  # and the recipe has the other, which would win
+            values.pop(other, None)
+    values |= {**given, "recipe": recipe, "model": model}
     config, vit = (replace(old, **{f.name: values[f.name] for f in fields(old) if f.name in values})
-                   for old in (cls(), shape))
+                   for old in (cls(), MODELS[model]))
     check_only(config, given)
     return config, vit, given
 

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
+from augment import soft_targets
 from checkpoint import (
     check_room,
     check_same_model,
@@ -33,7 +34,15 @@ from checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from configs import TrainConfig, ViTConfig, parse, stable_seed, to_plain
+from configs import (
+    FINE_TUNING,
+    RECIPES,
+    TrainConfig,
+    ViTConfig,
+    parse,
+    stable_seed,
+    to_plain,
+)
 from evaluate import score
 from meter import Meter
 from parallel import Grid, on_rank_0
@@ -63,19 +72,35 @@ def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * cosine
 
 
+def loss_sum(logits: torch.Tensor, targets: torch.Tensor, kind: str) -> torch.Tensor:
+    """The loss of logits [b, K] and targets [b, K], summed over images; a row of zeros has none.
+
+    ce     cross-entropy, -sum of t log p over the classes
+    bce    DeiT-III's: the mean of K binary ones, where each class with a share in t counts as 1
+    """
+    if kind == "ce":
+        return F.cross_entropy(logits, targets, reduction="sum")
+    readable = (targets.sum(1, keepdim=True) > 0).float()
+    return F.binary_cross_entropy_with_logits(
+        logits, (targets > 0).float(), readable, reduction="sum") / targets.shape[1]
+
+
 def train_step(run: Run, model, optimizer, batches, lr: float) -> torch.Tensor:
     """One optimizer step on the next micro-batches. Returns [loss sum, correct, images, gradient
-    norm] over all ranks, on the device."""
-    sums = torch.zeros(3, device=run.device)
+    norm] over all ranks, on the device. Correct is the class of the largest share in the targets.
+    """
+    config, sums = run.config, torch.zeros(3, device=run.device)
     for i in range(run.accumulation):
-        images, labels = run.prepare(*next(batches))
+        images, labels, mix = run.prepare(*next(batches))
         with run.autocast():
             logits = model(images).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=data.IGNORE)
+        targets = soft_targets(labels, mix, logits.shape[1], config.label_smoothing)
+        loss = loss_sum(logits, targets, config.loss)
         # Divided here, so that plain sums over micro-batches and ranks give the mean's gradient.
-        optimizer.backward(loss / run.config.global_batch_size, last=i == run.accumulation - 1)
-        correct, count = logits.detach().argmax(1) == labels, labels != data.IGNORE
-        sums += torch.stack([loss.detach(), correct.sum(), count.sum()])
+        optimizer.backward(loss / config.global_batch_size, last=i == run.accumulation - 1)
+        readable = labels != data.IGNORE
+        correct = readable & (logits.detach().argmax(1) == targets.argmax(1))
+        sums += torch.stack([loss.detach(), correct.sum(), readable.sum()])
     norm = optimizer.step(lr)
     if run.grid.world.size > 1:
         dist.all_reduce(sums)
@@ -164,6 +189,9 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
         train_set, val_set, vit = open_images(config, vit, given, grid, sources)
         total_steps = config.max_steps or max(
             int(config.epochs * len(train_set)) // config.global_batch_size, 1)
+        if config.warmup_epochs is not None:
+            config = dataclasses.replace(config, warmup_steps=round(
+                config.warmup_epochs * len(train_set) / config.global_batch_size))
         config, vit, start = choose_start(config, vit, given, grid)
         batch = plan_batch(config, vit, world, device_type)  # weights may bring class tokens along
         if config.dry_run:
@@ -210,10 +238,12 @@ def choose_start(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid):
     resume, news = None, []
     if not config.dry_run:
         resume, news = on_rank_0(grid, lambda: find_resume(config.output_dir, config.resume))
+    if "recipe" not in given:
+        news = [f"recipe {config.recipe}, the default here; others: {', '.join(RECIPES)}", *news]
     if config.init_from is None:
-        if config.recipe == "finetune" and resume is None and not config.dry_run:
-            raise ValueError("--recipe finetune needs --init-from WEIGHTS: a checkpoint or output "
-                             "directory of this program, or a file of another library")
+        if config.recipe in FINE_TUNING and resume is None and not config.dry_run:
+            raise ValueError(f"--recipe {config.recipe} needs --init-from WEIGHTS: a checkpoint or "
+                             f"output directory of this program, or a file of another library")
         return config, vit, Start(resume, news=news)
     import weights
     if resume:  # the checkpoint has these facts too, and the file may be gone

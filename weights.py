@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from checkpoint import CheckpointTensors, newest_checkpoint, read_meta, write_atomically
-from configs import MODELS, ConvertConfig, TrainConfig, ViTConfig, parse
+from configs import FINE_TUNING, MODELS, ConvertConfig, TrainConfig, ViTConfig, parse
 from model import ViT
 from parallel import shard
 
@@ -275,9 +275,9 @@ def _positions(pos: torch.Tensor, facts: dict) -> tuple[torch.Tensor, int | tupl
 def adopt(weights: Weights, config: TrainConfig, vit: ViTConfig,
           given: dict) -> tuple[TrainConfig, ViTConfig, dict]:
     """For training: both configurations with what these weights were trained to where no flag
-    (`given`, by field) says otherwise, and that part. The fine-tuning recipe keeps its own head."""
+    (`given`, by field) says otherwise, and that part. Fine-tuning recipes keep their own head."""
     names = {"num_class_tokens", "head", "layernorm_eps", "gelu_approximate", "mean", "std"}
-    if config.recipe == "finetune":
+    if config.recipe in FINE_TUNING:
         names.remove("head")
     taken = {name: weights.facts[name] for name in sorted(names - given.keys())}
     config, vit = (replace(old, **{f.name: taken[f.name] for f in fields(old) if f.name in taken})
