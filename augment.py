@@ -133,9 +133,8 @@ def draw_mix(mixup: float, cutmix: float, image_hw: tuple[int, int]) -> torch.Te
     to the image. Draws exactly what torchvision's MixUp and CutMix do.
     """
     cut = cutmix > 0 and (not mixup or bool(torch.rand(()) < 0.5))
-    alpha = cutmix if cut else mixup
-    share = torch.distributions.Beta(torch.tensor([alpha]), torch.tensor([alpha]),
-                                     validate_args=False).sample()
+    alpha = torch.tensor([float(cutmix if cut else mixup)])
+    share = torch.distributions.Beta(alpha, alpha, validate_args=False).sample()
     if not cut:
         return torch.cat([share, torch.zeros(4)])
     h, w = image_hw

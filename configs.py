@@ -222,8 +222,7 @@ class Step(Compute):
     # loss
     loss: Literal["ce", "bce"] = flag("ce", "ce: softmax cross-entropy; bce: one binary loss a "
                                       "class, both classes of a mixed image count as 1 (DeiT-III)")
-    label_smoothing: float = flag(0.0, "share of the target spread over all classes", BELOW_ONE,
-                                  loss="ce")
+    label_smoothing: float = flag(0.0, "share of the target spread over all classes", BELOW_ONE)
     mixup: float = flag(0.0, "blend pairs of images, share from Beta(A, A); 0: never", NOT_NEGATIVE)
     cutmix: float = flag(0.0, "cut boxes from each other, likewise; with --mixup by even odds",
                          NOT_NEGATIVE)
@@ -248,6 +247,9 @@ class Step(Compute):
         check(self)
         if self.min_lr > self.lr:
             raise ValueError(f"--min-lr {self.min_lr} must not exceed --lr {self.lr}")
+        if self.loss == "bce" and self.label_smoothing:
+            raise ValueError(f"--loss bce makes a target of every class with a share, so with "
+                             f"--label-smoothing {self.label_smoothing} of all; it must be 0")
 
 
 # ----------------------------------------------------------------------------- one command each
