@@ -208,15 +208,16 @@ class Step(Compute):
     checkpoint_num_layers: int = flag(1, "N of --checkpoint-method", POSITIVE,
                                       activation_checkpointing="full")
     # optimizer
-    optimizer: Literal["adamw", "sgd"] = flag("adamw", "torch.optim's, fused, sharded (ZeRO-1)")
+    optimizer: Literal["adamw", "sgd", "lamb"] = flag(
+        "adamw", "torch.optim's, fused, sharded (ZeRO-1); lamb: AdamW's step scaled to each weight")
     lr: float = flag(3e-3, "peak learning rate; never rescaled silently", NOT_NEGATIVE)
     min_lr: float = flag(1e-5, "learning rate at the end of the cosine", NOT_NEGATIVE)
     warmup_steps: int = flag(10_000, "steps of linear warm-up", NOT_NEGATIVE)
     weight_decay: float = flag(0.3, "on matrices only; adamw: decoupled, w -= lr * decay * w; "
                                "sgd: added to the gradient", NOT_NEGATIVE)
-    adam_beta1: float = flag(0.9, "AdamW beta 1", BELOW_ONE, optimizer="adamw")
-    adam_beta2: float = flag(0.999, "AdamW beta 2", BELOW_ONE, optimizer="adamw")
-    adam_eps: float = flag(1e-8, "AdamW epsilon", POSITIVE, optimizer="adamw")
+    adam_beta1: float = flag(0.9, "AdamW beta 1", BELOW_ONE, optimizer=("adamw", "lamb"))
+    adam_beta2: float = flag(0.999, "AdamW beta 2", BELOW_ONE, optimizer=("adamw", "lamb"))
+    adam_eps: float = flag(1e-8, "AdamW epsilon", POSITIVE, optimizer=("adamw", "lamb"))
     momentum: float = flag(0.9, "SGD momentum", BELOW_ONE, optimizer="sgd")
     clip_grad: float = flag(1.0, "largest global gradient norm; 0: no clipping", NOT_NEGATIVE)
     # loss
@@ -402,11 +403,12 @@ RECIPES = {
         epochs=300.0, warmup_epochs=30.0, min_lr=0.0, label_smoothing=0.11, mixup=0.2, cutmix=1.0,
         augmentation="randaugment", rand_augment=(2, 9), repeated_augmentation=3),
     # DeiT-III's first stage (README_revenge.md, engine.py): B/16 82.82 at 192 px, L/16 84.02, S/16
-    # 81.4 at 224; 20 epochs at 224 px follow: B 83.8, L 84.9, H/14 85.2. It has LAMB, LayerScale,
-    # and one drop path rate in all blocks, where ours grows to this one over the depth.
+    # 81.4 at 224; 20 epochs at 224 px follow: B 83.8, L 84.9, H/14 85.2. It has LayerScale, and one
+    # drop path rate in all blocks, where ours grows to this one over the depth.
     "deit3": PLAIN | MIXED | dict(
-        epochs=800.0, warmup_epochs=5.0, global_batch_size=2048, weight_decay=0.05, loss="bce",
-        augmentation="3-augment", repeated_augmentation=3, crop_ratio=1.0),
+        epochs=800.0, warmup_epochs=5.0, global_batch_size=2048, optimizer="lamb",
+        weight_decay=0.05, loss="bce", augmentation="3-augment", repeated_augmentation=3,
+        crop_ratio=1.0),
     # "Better plain ViT baselines" (arXiv:2205.01580, vit_s16_i1k.py): S/16 76.5 after 90 epochs, 80
     # after 300. It has sin-cos positions and the mean of the patches in place of a class token. Its
     # RandAugment(2, 10) is at its maximum, so 30 of 30 here, with other operations (solarizing does

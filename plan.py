@@ -152,7 +152,7 @@ def memory_plan(vit: ViTConfig, config: Step, tp: int, dp: int, micro: int) -> d
     with torch.device("meta"):
         model = ViT(vit, grid)
     buckets = [bucket for unit in plan_buckets(model, grid) for bucket in unit]
-    moments = 2 if config.optimizer == "adamw" else (1 if config.momentum else 0)
+    moments = (1 if config.momentum else 0) if config.optimizer == "sgd" else 2
     return {"weights": sum(_block(b.numel * (2 if config.o2 else 4)) for b in buckets),
             "gradients": sum(_block(b.numel * 4) for b in buckets),
             "masters and moments": (moments + config.o2) * sum(
