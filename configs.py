@@ -1,8 +1,8 @@
-"""What can be set: the model table, the recipes, and one dataclass of flags for each command.
+"""What can be set: the model table, and one dataclass of flags for each command.
 
 Four layers decide a value, the later one wins:
     1. the defaults of the dataclasses below (they are the `pretrain` recipe)
-    2. `RECIPES[recipe]` and, for the model's shape, `MODELS[model]`
+    2. `RECIPES[recipe]` of recipes.py and, for the model's shape, `MODELS[model]`
     3. what comes with the weights of --init-from (weights.adopt)
     4. the flags of the command line, generated from the fields: `hidden_size` is `--hidden-size`
 
@@ -13,8 +13,6 @@ Vision Transformers" (arXiv:2106.04560), Ti and S of DeiT (arXiv:2012.12877).
 
 import dataclasses
 import hashlib
-import itertools
-import os
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
@@ -33,6 +31,7 @@ from flags import (
     read_flags,
     unknown,
 )
+from recipes import RECIPES, RECIPES_OF_MODELS, default_recipe
 
 
 # ----------------------------------------------------------------------------- the model's shape
@@ -191,8 +190,8 @@ class Step(Compute):
     """What one training step is. The defaults are the `pretrain` recipe."""
 
     model: str = flag("B16", "Ti16 S16 B16 L16 H16 H14 g14 G14 or demo; L/16 is L16")
-    recipe: str = flag("pretrain", "a name of configs.RECIPES (default: demo for the demo's data, "
-                       "small or small-finetune for a small folder, else pretrain)")
+    recipe: str = flag("pretrain", "one of recipes.py (default: demo for the demo's data, small or "
+                       "small-finetune for a small folder, else pretrain)")
     seed: int = flag(0, "of weights, data order, augmentation and dropout", NOT_NEGATIVE)
     global_batch_size: int = flag(4096, "images of one optimizer step, over all ranks", POSITIVE)
     precision: Literal["fp32", "bf16", "bf16-O2", "bf16-O2-fp8"] = flag(
@@ -377,101 +376,6 @@ class ConvertConfig(Untold):
         "timm", "library; hf: OUTPUT is FOLDER/model.safetensors, for from_pretrained")
 
 
-# ----------------------------------------------------------------------------- recipes
-# What a recipe changes of the defaults above; a key may be a field of the model or of the run.
-# Accuracies are top-1 on ImageNet-1k as their authors publish them; none was trained here. Each of
-# those recipes differs by our bf16-O2, lr by step, bicubic crop and decay on matrices alone.
-PLAIN = dict(num_class_tokens=1, head="linear", hidden_dropout=0.0)  # timm's shape
-MIXED = dict(mixup=0.8, cutmix=1.0)
-RECIPES = {
-    # Built-in images, a model of 0.5 M parameters, minutes on two CPU cores.
-    "demo": dict(
-        model="demo", precision="fp32", epochs=5.0, global_batch_size=64, lr=2e-3, warmup_steps=100,
-        adam_beta2=0.95, weight_decay=0.05, hidden_dropout=0.0, augmentation="none",
-        crop_ratio=1.0, num_workers=0, log_interval=25, eval_interval=125, save_interval=125),
-    # NeMo's from-scratch recipe for B/16. It differs in initial weights, in what decays, in the
-    # crop's filter, the jitter's place and LayerNorm's epsilon: README, "Beside NeMo".
-    "pretrain": dict(),
-    # The ViT paper's fine-tuning, as NVIDIA's page has it: 20,000 steps at 512 or 518 px. (The
-    # launcher's file says 384 px, lr 3e-3, min lr 1e-5 and the pretraining augmentation.)
-    "finetune": dict(
-        head="linear", max_steps=20_000, global_batch_size=512, optimizer="sgd", lr=0.03,
-        min_lr=0.0, warmup_steps=0, weight_decay=0.0, augmentation="crop-flip"),
-    # torchvision references/classification: B/16 81.072, L/16 79.662 (README, model files). It has
-    # EMA, decays all weights of B/16, and draws one mix a batch and rank.
-    "torchvision": PLAIN | dict(
-        epochs=300.0, warmup_epochs=30.0, min_lr=0.0, label_smoothing=0.11, mixup=0.2, cutmix=1.0,
-        augmentation="randaugment", rand_augment=(2, 9), repeated_augmentation=3),
-    # DeiT-III's first stage (README_revenge.md, engine.py): B/16 82.82 at 192 px, L/16 84.02, S/16
-    # 81.4 at 224; 20 epochs at 224 px follow: B 83.8, L 84.9, H/14 85.2. It has LayerScale, and one
-    # drop path rate in all blocks, where ours grows to this one over the depth.
-    "deit3": PLAIN | MIXED | dict(
-        epochs=800.0, warmup_epochs=5.0, global_batch_size=2048, optimizer="lamb",
-        weight_decay=0.05, loss="bce", augmentation="3-augment", repeated_augmentation=3,
-        crop_ratio=1.0),
-    # "Better plain ViT baselines" (arXiv:2205.01580, vit_s16_i1k.py): S/16 76.5 after 90 epochs, 80
-    # after 300. It has sin-cos positions and the mean of the patches in place of a class token. Its
-    # RandAugment(2, 10) is at its maximum, so 30 of 30 here, with other operations (solarizing does
-    # nothing there); its decay of 1e-4 joins after the rate, so 0.1 in AdamW's terms.
-    "simple": dict(
-        model="S16", num_class_tokens=1, hidden_dropout=0.0, epochs=90.0, global_batch_size=1024,
-        lr=1e-3, min_lr=0.0, warmup_steps=10_000, weight_decay=0.1, mixup=0.2, crop_scale=0.05,
-        augmentation="randaugment", rand_augment=(2, 30), mean=(0.5,) * 3, std=(0.5,) * 3),
-    # MAE's fine-tuning (FINETUNE.md) of its own weights: B/16 83.66, L/16 85.95, H/14 86.93. It has
-    # layer-wise decay, the mean of the patches, noise in erased boxes. timm's rand-m9 is 27 of 30.
-    "mae-finetune": PLAIN | MIXED | dict(
-        epochs=50.0, warmup_epochs=5.0, global_batch_size=1024, lr=4e-3, min_lr=1e-6,
-        weight_decay=0.05, clip_grad=0.0, label_smoothing=0.1, random_erasing=0.25,
-        augmentation="randaugment", rand_augment=(2, 27)),
-    # A folder of some hundred to some thousand images, from nothing; of no paper.
-    "small": PLAIN | MIXED | dict(
-        model="Ti16", precision="bf16", epochs=300.0, warmup_epochs=10.0, global_batch_size=64,
-        lr=1e-3, weight_decay=0.05, label_smoothing=0.1, augmentation="randaugment",
-        random_erasing=0.25, eval_interval=500),
-    # The same with --init-from; of no paper.
-    "small-finetune": PLAIN | dict(
-        precision="bf16", epochs=50.0, warmup_epochs=5.0, global_batch_size=64, lr=1e-4,
-        min_lr=1e-6, weight_decay=0.05, label_smoothing=0.1, drop_path_rate=0.1,
-        augmentation="randaugment", eval_interval=500),
-}
-# And what it changes for one model.
-RECIPES_OF_MODELS = {
-    "finetune": {  # 512 is no multiple of 14
-        **dict.fromkeys(("Ti16", "S16", "B16", "L16", "H16"), dict(image_size=512)),
-        **dict.fromkeys(("H14", "g14", "G14"), dict(image_size=518))},
-    "torchvision": {"L16": dict(
-        epochs=600.0, warmup_epochs=5.0, global_batch_size=1024, optimizer="sgd", lr=0.5,
-        weight_decay=2e-5, label_smoothing=0.1, random_erasing=0.1, precision="fp32",
-        augmentation="trivialaugment", crop_ratio=224 / 242)},
-    "deit3": {
-        "S16": dict(lr=4e-3, drop_path_rate=0.05),
-        "B16": dict(image_size=192, drop_path_rate=0.2),
-        "L16": dict(image_size=192, drop_path_rate=0.45),
-        "H14": dict(image_size=154, drop_path_rate=0.6)},  # of 160 its patches cover 154
-    "mae-finetune": {
-        "B16": dict(epochs=100.0, lr=2e-3, drop_path_rate=0.1),
-        "L16": dict(drop_path_rate=0.2),
-        "H14": dict(drop_path_rate=0.3)},
-}
-FINE_TUNING = "finetune", "mae-finetune", "small-finetune"  # these need --init-from
-SMALL_FOLDER = 250_000  # training images; fewer cannot reach the peak rate of `pretrain`
-
-
-def default_recipe(cls, given: dict) -> str:
-    """Without --recipe: `demo` for the demo's data; for a folder of fewer than SMALL_FOLDER
-    training images `small`, with --init-from `small-finetune`; else `pretrain`."""
-    data = given.get("data", cls.data)
-    if not issubclass(cls, TrainConfig) or data == "shapes" and "model" in given:
-        return "pretrain"
-    if data == "shapes":
-        return "demo"
-    images = (name for _, _, names in os.walk(os.path.join(data, "train"), followlinks=True)
-              for name in names)
-    if 0 < sum(1 for _ in itertools.islice(images, SMALL_FOLDER)) < SMALL_FOLDER:
-        return "small-finetune" if given.get("init_from") else "small"
-    return "pretrain"
-
-
 # ----------------------------------------------------------------------------- the command line
 def parse(cls, argv: list[str] | None = None) -> tuple:
     """Reads a command line (default: sys.argv) into (config, the fields given as flags), or for a
@@ -486,7 +390,8 @@ def parse(cls, argv: list[str] | None = None) -> tuple:
         check_only(config, given)
         return config, given
     given = read_flags([cls, ViTConfig], argv)
-    recipe = given["recipe"] if "recipe" in given else default_recipe(cls, given)
+    default = default_recipe(given) if issubclass(cls, TrainConfig) else "pretrain"
+    recipe = given.get("recipe", default)
     if recipe not in RECIPES:
         raise ValueError(unknown("--recipe", recipe, RECIPES))
     model = {"model": cls.model, **RECIPES[recipe], **given}["model"].replace("/", "")

@@ -34,19 +34,12 @@ from checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from configs import (
-    FINE_TUNING,
-    RECIPES,
-    TrainConfig,
-    ViTConfig,
-    parse,
-    stable_seed,
-    to_plain,
-)
+from configs import TrainConfig, ViTConfig, parse, stable_seed, to_plain
 from evaluate import score
 from meter import Meter
 from parallel import Grid, on_rank_0
 from plan import dry_run, plan_batch
+from recipes import FINE_TUNING, RECIPES
 from runtime import (
     Run,
     build_model,

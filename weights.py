@@ -35,9 +35,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from checkpoint import CheckpointTensors, newest_checkpoint, read_meta, write_atomically
-from configs import FINE_TUNING, MODELS, ConvertConfig, TrainConfig, ViTConfig, parse
+from configs import MODELS, ConvertConfig, TrainConfig, ViTConfig, parse
 from model import ViT
 from parallel import shard
+from recipes import FINE_TUNING
 
 # (their name, ours), replaced as text; timm's names are ours. The last group of a format is what
 # other versions of the library write. `.attn.q. .attn.k. .attn.v.` are then fused to `.attn.qkv.`.
