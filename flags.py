@@ -35,7 +35,7 @@ def flag(default, help: str, must=None, **only):
 def also(config, name: str, **only):
     """The flag `name` of another dataclass, which acts here only where `only` holds too."""
     f = next(f for f in fields(config) if f.name == name)
-    return flag(f.default, **f.metadata | {"only": {}}, **f.metadata["only"], **only)
+    return flag(f.default, f.metadata["help"], f.metadata["must"], **only, **f.metadata["only"])
 
 
 def flag_name(name: str) -> str:

@@ -176,6 +176,7 @@ def dry_run(config: TrainConfig, vit: ViTConfig, train_set, val_set, total_steps
     tp, total = config.tensor_parallel_size, config.global_batch_size
     gib = 2**30
     h, w = vit.grid_hw
+    print(f"recipe       {config.recipe}")
     print(f"model        {config.model}: {vit.num_params / 1e6:,.2f} M parameters, "
           f"{vit.num_layers} blocks of width {vit.hidden_size}, "
           f"{vit.num_attention_heads} heads of {vit.head_dim}")
