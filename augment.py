@@ -1,4 +1,4 @@
-"""What makes a recipe strong: the random views of training; and the exact view of evaluation.
+"""What makes a recipe strong: random views, mixing, targets; and the exact view of evaluation.
 
 A view is uint8 [3, H, W], of image_hw = (H, W) pixels. Workers make it on the CPU, all but colour
 jitter and mixing: a worker only draws those, `draws`, and `normalize` applies them to whole batches
@@ -15,6 +15,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 # One resampling filter everywhere, so that training and evaluation see the same sharpness.
@@ -195,6 +196,19 @@ def soft_targets(labels: torch.Tensor, mix: torch.Tensor | None, classes: int,
         targets = mix[:, :1] * one_hot + (1 - mix[:, :1]) * partners(one_hot)
     readable = (labels >= 0)[:, None].float()
     return (1 - smoothing) * targets + smoothing / classes * readable
+
+
+def loss_sum(logits: torch.Tensor, targets: torch.Tensor, kind: str) -> torch.Tensor:
+    """The loss of logits [b, K] and targets [b, K], summed over images; a row of zeros has none.
+
+    ce     cross-entropy, -sum of t log p over the classes
+    bce    DeiT-III's: the mean of K binary ones, where each class with a share in t counts as 1
+    """
+    if kind == "ce":
+        return F.cross_entropy(logits, targets, reduction="sum")
+    readable = (targets.sum(1, keepdim=True) > 0).float()
+    return F.binary_cross_entropy_with_logits(
+        logits, (targets > 0).float(), readable, reduction="sum") / targets.shape[1]
 
 
 def color_jitter(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

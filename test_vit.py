@@ -42,7 +42,7 @@ import parallel
 import recipes
 import train
 import weights as weights_module
-from augment import soft_targets
+from augment import loss_sum, soft_targets
 from configs import (
     MODELS,
     BenchmarkConfig,
@@ -1397,13 +1397,13 @@ def test_losses_are_those_of_torch_and_deit():
                                        ignore_index=data.IGNORE) for y in (labels, other))
         for rows, want in (None, own), (mix, mix[:, 0] * own + (1 - mix[:, 0]) * others):
             targets = soft_targets(labels, rows, 5, s)
-            torch.testing.assert_close(train.loss_sum(logits, targets, "ce"), want.sum(),
+            torch.testing.assert_close(loss_sum(logits, targets, "ce"), want.sum(),
                                        atol=1e-5, rtol=1e-5)
     targets = soft_targets(labels, mix, 5, 0.0)
     readable = [i for i in range(8) if i != 2]
     deit = F.binary_cross_entropy_with_logits(logits[readable], targets[readable].gt(0.0).float())
     assert targets[readable].gt(0).sum() == 13  # two classes of six images, one of image 3
-    torch.testing.assert_close(train.loss_sum(logits, targets, "bce"), 7 * deit, atol=1e-5,
+    torch.testing.assert_close(loss_sum(logits, targets, "bce"), 7 * deit, atol=1e-5,
                                rtol=1e-5)
 
 

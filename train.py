@@ -23,10 +23,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 import data
-from augment import soft_targets
+from augment import loss_sum, soft_targets
 from checkpoint import (
     check_room,
     check_same_model,
@@ -65,23 +64,9 @@ def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * cosine
 
 
-def loss_sum(logits: torch.Tensor, targets: torch.Tensor, kind: str) -> torch.Tensor:
-    """The loss of logits [b, K] and targets [b, K], summed over images; a row of zeros has none.
-
-    ce     cross-entropy, -sum of t log p over the classes
-    bce    DeiT-III's: the mean of K binary ones, where each class with a share in t counts as 1
-    """
-    if kind == "ce":
-        return F.cross_entropy(logits, targets, reduction="sum")
-    readable = (targets.sum(1, keepdim=True) > 0).float()
-    return F.binary_cross_entropy_with_logits(
-        logits, (targets > 0).float(), readable, reduction="sum") / targets.shape[1]
-
-
 def train_step(run: Run, model, optimizer, batches, lr: float) -> torch.Tensor:
     """One optimizer step on the next micro-batches. Returns [loss sum, correct, images, gradient
-    norm] over all ranks, on the device. Correct is the class of the largest share in the targets.
-    """
+    norm] over all ranks, on the device; correct is the class with the larger share of a mix."""
     config, sums = run.config, torch.zeros(3, device=run.device)
     for i in range(run.accumulation):
         images, labels, mix = run.prepare(*next(batches))
