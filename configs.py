@@ -221,7 +221,8 @@ class Step(Compute):
     clip_grad: float = flag(1.0, "largest global gradient norm; 0: no clipping", NOT_NEGATIVE)
     # loss
     loss: Literal["ce", "bce"] = flag("ce", "ce: softmax cross-entropy; bce: one binary loss a "
-                                      "class, both classes of a mixed image count as 1 (DeiT-III)")
+                                      "class, both classes of a mixed image count as 1 (DeiT-III); "
+                                      "validation: ce")
     label_smoothing: float = flag(0.0, "share of the target spread over all classes", BELOW_ONE)
     mixup: float = flag(0.0, "blend pairs of images, share from Beta(A, A); 0: never", NOT_NEGATIVE)
     cutmix: float = flag(0.0, "cut boxes from each other, likewise; with --mixup by even odds",
