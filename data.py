@@ -393,7 +393,8 @@ def stream_image(i: int, n: int, global_batch: int, repeats: int = 1) -> tuple[i
     Repeated augmentation (arXiv:1901.09335): a batch of G holds R views of each of U = G / R images
     (rounded up: the last views of the last images are then left out), all first views, then all
     second ones. So neighbours, which may be mixed, are different images. An epoch of the run stays
-    n views, as in DeiT, of n / R images; R of them show every image R times, by R other views.
+    n views, as in DeiT, of n / R images; R of them show every image R times, by R other views. The
+    stream then depends on G: a resume with another batch joins that one's.
     """
     different = -(-global_batch // repeats)
     batch, j = divmod(i, global_batch)
