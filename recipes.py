@@ -61,9 +61,8 @@ RECIPES = {
         random_erasing=0.25, augmentation="randaugment", rand_augment=(2, 27)),
 
     # A folder of some hundred to some thousand images, from nothing and from weights; of no paper.
-    "small": SMALL | dict(
-        model="Ti16", epochs=300.0, warmup_epochs=10.0, lr=1e-3, mixup=0.8, cutmix=1.0,
-        random_erasing=0.25),
+    # Mixing and erasing slow what has few steps: 58.8 instead of 64.4 after 561 of the digits.
+    "small": SMALL | dict(model="Ti16", epochs=300.0, warmup_epochs=10.0, lr=1e-3),
     "small-finetune": SMALL | dict(
         epochs=50.0, warmup_epochs=5.0, lr=1e-4, min_lr=1e-6, drop_path_rate=0.1),
 }
