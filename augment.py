@@ -1,38 +1,60 @@
-"""What makes a recipe strong: the random views of training; and the exact view of evaluation.
+"""What makes a recipe strong: random views, mixing, targets; and the exact view of evaluation.
 
-A view is uint8 [3, H, W], of image_hw = (H, W) pixels. Workers make it on the CPU, all but NeMo's
-colour jitter: a worker only draws that, and `normalize` applies it to whole batches on the device.
-Every draw is from torch's default generator, which `data.Views` seeds for each view, and restores.
+A view is uint8 [3, H, W], of image_hw = (H, W) pixels. Workers make it on the CPU, all but colour
+jitter and mixing: a worker only draws those, `draws`, and `normalize` applies them to whole batches
+on the device. Every draw is from torch's default generator, which `data.Views` seeds for each view,
+and restores.
+
+    in a worker     crop, flip, AutoAugment or RandAugment or one of 3-Augment, erasing -> uint8
+    on the device   / 255, colour jitter, (x - mean) / std, mixing of images 2k and 2k + 1
+    the targets     x = w x_own + (1 - w) x_partner  ->  t = w t_own + (1 - w) t_partner, smoothed
 """
 
 import functools
+import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 # One resampling filter everywhere, so that training and evaluation see the same sharpness.
 # Bicubic, because Google's and timm's ViT weights were trained and are evaluated with it.
-BICUBIC = Image.Resampling.BICUBIC
+BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 
 
 # ----------------------------------------------------------------------------- in the workers
 def train_transform(config, image_hw: tuple[int, int]):
     """The random view of config.augmentation, a function of a PIL image, picklable.
 
-    Resizing is torch's, on bytes: a third of the time of Pillow's. The colour jitter of NeMo's list
-    costs more than all the rest here and is left to the device, after the others: `color_jitter`.
+    nemo            AutoAugment's ImageNet policy; its colour jitter is left to the device
+    randaugment     torchvision's: N of 14 operations at magnitude M of 30 (timm's m9 is 27 of
+                    these, with other operations), bilinear, black where an image was turned
+    trivialaugment  torchvision's TrivialAugmentWide, likewise
+    3-augment       of DeiT-III (arXiv:2204.07118): grey, solarized or blurred; then jitter likewise
+
+    Resizing is torch's, on bytes: a third of the time of Pillow's. Pillow turns images faster.
     """
     if config.augmentation == "none":
         return eval_transform(config, image_hw)
     from torchvision.transforms import v2  # seconds, which whoever only evaluates need not wait
+    own = {
+        "crop": [], "crop-flip": [],
+        "nemo": [_to_pil, v2.AutoAugment(interpolation=BICUBIC, fill=128), _to_tensor],  # grey 128
+        "randaugment": [_to_pil, v2.RandAugment(*config.rand_augment, interpolation=BILINEAR),
+                        _to_tensor],
+        "trivialaugment": [_to_pil, v2.TrivialAugmentWide(interpolation=BILINEAR), _to_tensor],
+        "3-augment": [v2.RandomChoice([v2.Grayscale(3), v2.RandomSolarize(128, p=1.0),
+                                       v2.GaussianBlur(13, sigma=(0.1, 2.0))])]}
+    assert config.augmentation in own, f"--augmentation {config.augmentation} has no view"
     steps = [_to_tensor, v2.RandomResizedCrop(image_hw, scale=(config.crop_scale, 1.0),
                                               interpolation=BICUBIC)]
-    if config.augmentation in ("crop-flip", "nemo"):
+    if config.augmentation != "crop":
         steps += [v2.RandomHorizontalFlip()]
-    if config.augmentation == "nemo":  # in Pillow, as only that turns bicubically; NeMo's grey 128
-        steps += [_to_pil, v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, interpolation=BICUBIC,
-                                          fill=128), _to_tensor]
+    steps += own[config.augmentation]
+    if config.random_erasing:  # with the mean, to a byte: 0 once normalised, torchvision's default
+        grey = [round(255 * value) for value in config.mean]
+        steps += [v2.RandomErasing(config.random_erasing, value=grey)]
     return functools.partial(_in_turn, steps)
 
 
@@ -74,31 +96,119 @@ def _to_pil(view: torch.Tensor) -> Image.Image:
     return Image.merge("RGB", [Image.fromarray(plane) for plane in view.numpy()])
 
 
+# ----------------------------------------------------------------------------- drawn there
+# torchvision's ColorJitter, its operations in its order, with the least and the greatest factor;
+# the hue's are shares of a turn. NeMo's is 0.4, 0.4, 0.4, 0.1, DeiT-III's 0.3, 0.3, 0.3.
+JITTER = {
+    "nemo": {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.6, 1.4),
+             "hue": (-0.1, 0.1)},
+    "3-augment": {"brightness": (0.7, 1.3), "contrast": (0.7, 1.3), "saturation": (0.7, 1.3),
+                  "hue": (0.0, 0.0)}}
+CONTRAST, SATURATION, HUE = 1, 2, 3  # their numbers in that order
+
+
+def draws(config, image_hw: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """What the device does to one view, rows by the name of normalize's argument; none for none."""
+    rows = {}
+    if config.augmentation in JITTER:
+        rows["jitter"] = draw_jitter(JITTER[config.augmentation])
+    if config.mixup or config.cutmix:
+        rows["mix"] = draw_mix(config.mixup, config.cutmix, image_hw)
+    return rows
+
+
+def draw_jitter(factors: dict[str, tuple[float, float]]) -> torch.Tensor:
+    """One draw of that ColorJitter, float32 [8]: the order of the four operations, as their
+    numbers, then their factors. Draws exactly what torchvision does (and a hue, where it has none).
+    """
+    order = torch.randperm(4)
+    return torch.cat([order, *(torch.empty(1).uniform_(*limits) for limits in factors.values())])
+
+
+def draw_mix(mixup: float, cutmix: float, image_hw: tuple[int, int]) -> torch.Tensor:
+    """How two images mix, float32 [5]: the share w that each keeps of itself, and CutMix's box
+    (top, left, bottom, right) in pixels, which is empty for mixup. With both, either by even odds.
+
+    Mixup (arXiv:1710.09412): w ~ Beta(mixup, mixup). CutMix (arXiv:1905.04899): 1 - Beta(cutmix,
+    cutmix) of the area is cut around a uniform centre, and w is what is left after clipping the box
+    to the image. Draws exactly what torchvision's MixUp and CutMix do.
+    """
+    cut = cutmix > 0 and (not mixup or bool(torch.rand(()) < 0.5))
+    alpha = torch.tensor([float(cutmix if cut else mixup)])
+    share = torch.distributions.Beta(alpha, alpha, validate_args=False).sample()
+    if not cut:
+        return torch.cat([share, torch.zeros(4)])
+    h, w = image_hw
+    x, y = int(torch.randint(w, ())), int(torch.randint(h, ()))
+    half = 0.5 * math.sqrt(1 - share)
+    half_h, half_w = int(half * h), int(half * w)
+    top, left, bottom, right = (max(y - half_h, 0), max(x - half_w, 0), min(y + half_h, h),
+                                min(x + half_w, w))
+    return torch.tensor([1 - (bottom - top) * (right - left) / (h * w), top, left, bottom, right])
+
+
 # ----------------------------------------------------------------------------- on the device
 def normalize(images: torch.Tensor, mean, std, dtype: torch.dtype,
-              jitter: torch.Tensor | None = None) -> torch.Tensor:
-    """uint8 [b, 3, H, W], jittered if rows [b, 8] are given, to (x / 255 - mean) / std of dtype.
+              jitter: torch.Tensor | None = None, mix: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 [b, 3, H, W], jittered if rows [b, 8] are given, to (x / 255 - mean) / std of dtype,
+    mixed if rows [b, 5] are given.
 
     Computed in fp32. Compiles to one graph, and never makes the host wait.
     """
     x = images.float() / 255
     if jitter is not None:
         x = color_jitter(x, jitter)
-    return torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], 1).to(dtype)
+    x = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], 1)
+    if mix is not None:
+        x = mix_pairs(x, mix)
+    return x.to(dtype)
 
 
-# torchvision's ColorJitter(0.4, 0.4, 0.4, 0.1), which is NeMo's: its operations, in its order, with
-# the least and the greatest factor; the hue's are shares of a turn.
-JITTER = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.6, 1.4),
-          "hue": (-0.1, 0.1)}
-CONTRAST, SATURATION, HUE = 1, 2, 3  # their numbers in that order
+def partners(x: torch.Tensor) -> torch.Tensor:
+    """x [b, ...] with each pair of neighbours, 2k and 2k + 1, exchanged."""
+    return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
-def draw_jitter() -> torch.Tensor:
-    """One draw of that ColorJitter, float32 [8]: the order of the four operations, as their
-    numbers, then their factors. Draws exactly what torchvision does."""
-    order = torch.randperm(4)
-    return torch.cat([order, *(torch.empty(1).uniform_(*limits) for limits in JITTER.values())])
+def pair_rows(mix: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The rows [b, 5] by which images are mixed: of each pair the first image's, or w = 1 and no
+    box where one of the two is unreadable (label -100)."""
+    both = (labels >= 0) & (partners(labels) >= 0)
+    alone = torch.eye(1, 5, device=mix.device)
+    return mix[0::2].repeat_interleave(2, 0).where(both[:, None], alone)
+
+
+def mix_pairs(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """x [b, 3, H, W], each image mixed with its partner as rows [b, 5] of `pair_rows` say."""
+    share, top, left, bottom, right = rows[:, :, None, None].unbind(1)               # [b, 1, 1]
+    y, z = (torch.arange(n, device=x.device) for n in x.shape[2:])
+    inside = ((y[:, None] >= top) & (y[:, None] < bottom)) & ((z >= left) & (z < right))
+    weight = torch.where(bottom > top, (~inside).float(), share)[:, None]            # [b, 1, H, W]
+    return weight * x + (1 - weight) * partners(x)
+
+
+def soft_targets(labels: torch.Tensor, mix: torch.Tensor | None, classes: int,
+                 smoothing: float) -> torch.Tensor:
+    """Labels [b] as fp32 [b, K]: w of an image's class and 1 - w of its partner's (`pair_rows`),
+    then (1 - s) t + s / K. An unreadable image, label -100, has a row of zeros: no loss at all."""
+    one_hot = (labels[:, None] == torch.arange(classes, device=labels.device)).float()
+    targets = one_hot
+    if mix is not None:
+        targets = mix[:, :1] * one_hot + (1 - mix[:, :1]) * partners(one_hot)
+    readable = (labels >= 0)[:, None].float()
+    return (1 - smoothing) * targets + smoothing / classes * readable
+
+
+def loss_sum(logits: torch.Tensor, targets: torch.Tensor, kind: str) -> torch.Tensor:
+    """The loss of logits [b, K] and targets [b, K], summed over images; a row of zeros has none.
+
+    ce     cross-entropy, -sum of t log p over the classes
+    bce    DeiT-III's: the mean of K binary ones, where each class with a share in t counts as 1
+    """
+    if kind == "ce":
+        return F.cross_entropy(logits, targets, reduction="sum")
+    readable = (targets.sum(1, keepdim=True) > 0).float()
+    return F.binary_cross_entropy_with_logits(
+        logits, (targets > 0).float(), readable, reduction="sum") / targets.shape[1]
 
 
 def color_jitter(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

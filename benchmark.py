@@ -5,7 +5,8 @@
     torchrun --standalone --nproc_per_node 8 benchmark.py --model g14 --profile FOLDER
 
 Steps are train.train_step's, on random images: uint8 in pinned host memory, which go through the
-jitter of --augmentation; every step ends with the optimizer and its communication. Prints one row;
+jitter of --augmentation and are mixed; every step ends with the optimizer and its communication.
+Prints one row;
 --data adds the rate of the loader alone and of the steps that it feeds, --profile a trace for
 chrome://tracing or Perfetto and where the time of a step goes.
 """
@@ -18,9 +19,10 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.data import default_collate
 
 import data
-from augment import draw_jitter
+from augment import draws
 from checkpoint import check_writable
 from configs import BenchmarkConfig, parse
 from meter import mark, seconds_between
@@ -60,12 +62,13 @@ class Timer:
 def random_batches(run: Run):
     """Two random micro-batches in turn, as the loader would give them."""
     shape, pin = (2, run.local_batch), run.device.type == "cuda"
-    host = [torch.randint(0, 256, (*shape, 3, *run.vit.image_hw), dtype=torch.uint8),
-            torch.randint(0, run.vit.num_classes, shape)]
-    if run.config.augmentation == "nemo":
-        rows = torch.stack([draw_jitter() for _ in range(2 * run.local_batch)])
-        host.append(rows.view(*shape, -1))
-    return itertools.cycle(zip(*(x.pin_memory() if pin else x for x in host), strict=True))
+    host = {"images": torch.randint(0, 256, (*shape, 3, *run.vit.image_hw), dtype=torch.uint8),
+            "labels": torch.randint(0, run.vit.num_classes, shape)}
+    rows = default_collate([draws(run.config, run.vit.image_hw) for _ in range(math.prod(shape))])
+    host |= {name: row.view(*shape, -1) for name, row in rows.items()}
+    host = {name: x.pin_memory() if pin else x for name, x in host.items()}
+    batches = [{name: x[i] for name, x in host.items()} for i in range(2)]
+    return itertools.cycle((batch.pop("images"), batch.pop("labels"), batch) for batch in batches)
 
 
 def print_row(run: Run, times: list[float], micro: int, kernels: str, optimizer) -> float:
@@ -103,7 +106,7 @@ def loader_rate(run: Run, timer: Timer, source, rate: float) -> None:
     def batches():
         loader = data.train_loader(source, config, run.vit.image_hw, run.local_batch,
                                    grid.world.rank, grid.world.size, 0, steps, run.device)
-        return ((images, labels, *jitter) for images, labels, _, *jitter in loader)
+        return ((images, labels, draws) for images, labels, _, draws in loader)
 
     stream = batches()
     for _ in range(2 * rounds):

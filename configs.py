@@ -1,8 +1,8 @@
-"""What can be set: the model table, the recipes, and one dataclass of flags for each command.
+"""What can be set: the model table, and one dataclass of flags for each command.
 
 Four layers decide a value, the later one wins:
     1. the defaults of the dataclasses below (they are the `pretrain` recipe)
-    2. `RECIPES[recipe]` and, for the model's shape, `MODELS[model]`
+    2. `RECIPES[recipe]` of recipes.py and, for the model's shape, `MODELS[model]`
     3. what comes with the weights of --init-from (weights.adopt)
     4. the flags of the command line, generated from the fields: `hidden_size` is `--hidden-size`
 
@@ -22,13 +22,16 @@ from flags import (
     GIVEN,
     NOT_NEGATIVE,
     POSITIVE,
+    PROBABILITY,
     SHARE,
+    also,
     check,
     check_only,
     flag,
     read_flags,
     unknown,
 )
+from recipes import RECIPES, RECIPES_OF_MODELS, default_recipe
 
 
 # ----------------------------------------------------------------------------- the model's shape
@@ -189,13 +192,16 @@ class Loader:
     pin_memory: bool = flag(True, "page-locked host batches (on CUDA)")
 
 
+CROPPED = "nemo", "crop-flip", "crop", "randaugment", "trivialaugment", "3-augment"
+
+
 @dataclass(frozen=True)
 class Step(Compute):
     """What one training step is. The defaults are the `pretrain` recipe."""
 
     model: str = flag("B16", "Ti16 S16 B16 L16 H16 H14 g14 G14 or demo; L/16 is L16")
-    recipe: str = flag("pretrain", "demo, pretrain, finetune (default: demo for the demo's data, "
-                       "else pretrain)")
+    recipe: str = flag("pretrain", "one of recipes.py (default: demo for the demo's data, small or "
+                       "small-finetune for a small folder, else pretrain)")
     seed: int = flag(0, "of weights, data order, augmentation and dropout", NOT_NEGATIVE)
     global_batch_size: int = flag(4096, "images of one optimizer step, over all ranks", POSITIVE)
     precision: Literal["fp32", "bf16", "bf16-O2", "bf16-O2-fp8"] = flag(
@@ -211,22 +217,39 @@ class Step(Compute):
     checkpoint_num_layers: int = flag(1, "N of --checkpoint-method", POSITIVE,
                                       activation_checkpointing="full")
     # optimizer
-    optimizer: Literal["adamw", "sgd"] = flag("adamw", "torch.optim's, fused, sharded (ZeRO-1)")
+    optimizer: Literal["adamw", "sgd", "lamb"] = flag(
+        "adamw", "torch.optim's, fused, sharded (ZeRO-1); lamb: AdamW's step scaled to each weight")
     lr: float = flag(3e-3, "peak learning rate; never rescaled silently", NOT_NEGATIVE)
     min_lr: float = flag(1e-5, "learning rate at the end of the cosine", NOT_NEGATIVE)
     warmup_steps: int = flag(10_000, "steps of linear warm-up", NOT_NEGATIVE)
     weight_decay: float = flag(0.3, "on matrices only; adamw: decoupled, w -= lr * decay * w; "
                                "sgd: added to the gradient", NOT_NEGATIVE)
-    adam_beta1: float = flag(0.9, "AdamW beta 1", BELOW_ONE, optimizer="adamw")
-    adam_beta2: float = flag(0.999, "AdamW beta 2", BELOW_ONE, optimizer="adamw")
-    adam_eps: float = flag(1e-8, "AdamW epsilon", POSITIVE, optimizer="adamw")
+    adam_beta1: float = flag(0.9, "AdamW beta 1", BELOW_ONE, optimizer=("adamw", "lamb"))
+    adam_beta2: float = flag(0.999, "AdamW beta 2", BELOW_ONE, optimizer=("adamw", "lamb"))
+    adam_eps: float = flag(1e-8, "AdamW epsilon", POSITIVE, optimizer=("adamw", "lamb"))
     momentum: float = flag(0.9, "SGD momentum", BELOW_ONE, optimizer="sgd")
     clip_grad: float = flag(1.0, "largest global gradient norm; 0: no clipping", NOT_NEGATIVE)
+    # loss
+    loss: Literal["ce", "bce"] = flag("ce", "ce: softmax cross-entropy; bce: one binary loss a "
+                                      "class, both classes of a mixed image count as 1 (DeiT-III); "
+                                      "validation: ce")
+    label_smoothing: float = flag(0.0, "share of the target spread over all classes", BELOW_ONE)
+    mixup: float = flag(0.0, "blend pairs of images, share from Beta(A, A); 0: never", NOT_NEGATIVE)
+    cutmix: float = flag(0.0, "cut boxes from each other, likewise; with --mixup by even odds",
+                         NOT_NEGATIVE)
     # images
-    augmentation: Literal["nemo", "crop-flip", "crop", "none"] = flag(
-        "nemo", "nemo: random crop, flip, AutoAugment, colour jitter 0.4/0.4/0.4/0.1")
-    crop_scale: float = flag(0.08, "least area of the random crop", SHARE,
-                             augmentation=("nemo", "crop-flip", "crop"))
+    augmentation: Literal[(*CROPPED, "none")] = flag(
+        "nemo", "random crop; but for crop also a flip; then nemo: AutoAugment, colour jitter "
+        "0.4/0.4/0.4/0.1; 3-augment: DeiT-III's three, jitter 0.3/0.3/0.3; none: the centre")
+    rand_augment: tuple[int, int] = flag(
+        (2, 9), "operations an image, magnitude of torchvision's 0 to 30",
+        ("be a number from 1 on and a magnitude in 0..30", lambda x: x[0] > 0 and 0 <= x[1] <= 30),
+        augmentation="randaugment")
+    random_erasing: float = flag(0.0, "probability that a box is filled with the mean pixel",
+                                 PROBABILITY, augmentation=CROPPED)
+    repeated_augmentation: int = flag(1, "views of each image in a batch, of as many fewer images",
+                                      POSITIVE)
+    crop_scale: float = flag(0.08, "least area of the random crop", SHARE, augmentation=CROPPED)
     mean: tuple[float, float, float] = flag((0.485, 0.456, 0.406), "pixel mean, R,G,B")
     std: tuple[float, float, float] = flag((0.229, 0.224, 0.225), "pixel deviation, R,G,B",
                                            ("be positive", lambda std: min(std) > 0))
@@ -235,6 +258,9 @@ class Step(Compute):
         check(self)
         if self.min_lr > self.lr:
             raise ValueError(f"--min-lr {self.min_lr} must not exceed --lr {self.lr}")
+        if self.loss == "bce" and self.label_smoothing:
+            raise ValueError(f"--loss bce makes a target of every class with a share, so with "
+                             f"--label-smoothing {self.label_smoothing} of all; it must be 0")
 
 
 # ----------------------------------------------------------------------------- one command each
@@ -249,6 +275,8 @@ class TrainConfig(Step, Loader):
     output_dir: str = flag("output", "checkpoints, metrics.jsonl, TensorBoard")
     epochs: float = flag(300.0, "length of the run in images seen, if --max-steps is not given",
                          POSITIVE)
+    warmup_epochs: float | None = flag(None, "length of the warm-up, instead of --warmup-steps",
+                                       NOT_NEGATIVE)
     max_steps: int | None = flag(None, "length of the run in optimizer steps", POSITIVE)
     crop_ratio: float = flag(0.875, "evaluation: image side / resized shorter side", SHARE)
     max_unreadable: float = flag(0.001, "share of unreadable training images that ends the run",
@@ -280,12 +308,13 @@ class BenchmarkConfig(Step, Loader):
                                          "every replica)", POSITIVE)
     data: str | None = flag(None, "a folder, or 'shapes': its loader is timed too, alone and with "
                             "the steps (default: random images only)")
-    num_workers: int = flag(8, "processes per rank that load images", NOT_NEGATIVE, data=GIVEN)
-    prefetch_factor: int = flag(4, "micro-batches that each worker holds ready", POSITIVE,
-                                data=GIVEN)
-    pin_memory: bool = flag(True, "page-locked host batches (on CUDA)", data=GIVEN)
-    crop_scale: float = flag(0.08, "least area of the random crop", SHARE, data=GIVEN,
-                             augmentation=("nemo", "crop-flip", "crop"))
+    num_workers: int = also(Loader, "num_workers", data=GIVEN)
+    prefetch_factor: int = also(Loader, "prefetch_factor", data=GIVEN)
+    pin_memory: bool = also(Loader, "pin_memory", data=GIVEN)
+    rand_augment: tuple[int, int] = also(Step, "rand_augment", data=GIVEN)
+    random_erasing: float = also(Step, "random_erasing", data=GIVEN)
+    repeated_augmentation: int = also(Step, "repeated_augmentation", data=GIVEN)
+    crop_scale: float = also(Step, "crop_scale", data=GIVEN)
     profile: str | None = flag(None, "a folder for traces; also prints where a step's time goes")
 
 
@@ -363,25 +392,6 @@ class ConvertConfig(Untold):
         "float32", "of the weights in the file", format=("timm", "hf", "torchvision"))
 
 
-# What a recipe changes of the defaults above; a key may be a field of the model or of the run.
-RECIPES = {
-    # Built-in images, a model of 0.5 M parameters, minutes on two CPU cores.
-    "demo": dict(
-        model="demo", precision="fp32", epochs=5.0, global_batch_size=64, lr=2e-3, warmup_steps=100,
-        adam_beta2=0.95, weight_decay=0.05, hidden_dropout=0.0, augmentation="none",
-        crop_ratio=1.0, num_workers=0, log_interval=25, eval_interval=125, save_interval=125),
-    # NeMo's from-scratch recipe for B/16. It differs in initial weights, in what decays, in the
-    # crop's filter, the jitter's place and LayerNorm's epsilon: README, "Beside NeMo".
-    "pretrain": dict(),
-    # The ViT paper's fine-tuning, as NVIDIA's page has it: 20,000 steps at 512 or 518 px. (The
-    # launcher's file says 384 px, lr 3e-3, min lr 1e-5 and the pretraining augmentation.)
-    "finetune": dict(
-        head="linear", max_steps=20_000, global_batch_size=512, optimizer="sgd", lr=0.03,
-        min_lr=0.0, warmup_steps=0, weight_decay=0.0, augmentation="crop-flip"),
-}
-FINETUNE_IMAGE_SIZE = {16: 512, 14: 518}  # by patch size; 512 is no multiple of 14
-
-
 # ----------------------------------------------------------------------------- the command line
 def parse(cls, argv: list[str] | None = None) -> tuple:
     """Reads a command line (default: sys.argv) into (config, the fields given as flags), or for a
@@ -396,21 +406,23 @@ def parse(cls, argv: list[str] | None = None) -> tuple:
         check_only(config, given)
         return config, given
     given = read_flags([cls, ViTConfig], argv)
-    drawn = issubclass(cls, TrainConfig) and given.get("data", cls.data) == "shapes"
-    recipe = given.get("recipe", "demo" if drawn and "model" not in given else "pretrain")
+    default = default_recipe(given) if issubclass(cls, TrainConfig) else "pretrain"
+    recipe = given.get("recipe", default)
     if recipe not in RECIPES:
         raise ValueError(unknown("--recipe", recipe, RECIPES))
-    values = {**RECIPES[recipe], **given, "recipe": recipe}
-    values["model"] = values.get("model", cls.model).replace("/", "")
-    if values["model"] not in MODELS:
-        raise ValueError(unknown("--model", values["model"], MODELS))
-    shape = MODELS[values["model"]]
-    if recipe == "finetune" and shape.patch_size in FINETUNE_IMAGE_SIZE:
-        values.setdefault("image_size", FINETUNE_IMAGE_SIZE[shape.patch_size])
-    if {"epochs", "max_steps"} <= set(given):
-        raise ValueError("--epochs and --max-steps contradict each other; give one of them")
+    model = {"model": cls.model, **RECIPES[recipe], **given}["model"].replace("/", "")
+    if model not in MODELS:
+        raise ValueError(unknown("--model", model, MODELS))
+    values = RECIPES[recipe] | RECIPES_OF_MODELS.get(recipe, {}).get(model, {})
+    for one, other in (("epochs", "max_steps"), ("warmup_steps", "warmup_epochs")):
+        if {one, other} <= set(given):
+            raise ValueError(f"--{one} and --{other} contradict each other; give one of them"
+                             .replace("_", "-"))
+        if one in given:  # and the recipe has the other, which would win
+            values.pop(other, None)
+    values |= {**given, "recipe": recipe, "model": model}
     config, vit = (replace(old, **{f.name: values[f.name] for f in fields(old) if f.name in values})
-                   for old in (cls(), shape))
+                   for old in (cls(), MODELS[model]))
     check_only(config, given)
     check_only(vit, given)
     return config, vit, given

@@ -8,17 +8,19 @@ Which images form a batch, and how each looks, are functions of the seed and the
     pixels         view(load(index), RNG seeded with (seed, e, index))
 
 No rank, world size, micro-batch, worker or resume point is in these lines, so none changes what
-the model sees. Nothing here draws from the global random generators.
+the model sees. Nothing here draws from the global random generators. `stream_image` has the general
+form, with R views of G / R images in each batch (--repeated-augmentation R); `augment.pair_rows`
+mixes images 2k and 2k + 1 of the stream, which every layout has on one rank.
 
 Shapes: b images of a micro-batch on one rank, n images of a split, H x W pixels (image_hw).
-A batch is images uint8 [b, 3, H, W], labels int64 [b], indices int64 [b], with
+A batch is images uint8 [b, 3, H, W], labels int64 [b], indices int64 [b] and draws, with
 
     label >= 0, index >= 0    an image
     label -100, index >= 0    an unreadable image, drawn black: the loss ignores label -100
     label -100, index -1      padding of an evaluation batch, drawn black
 
-and, when training with --augmentation nemo, the rows float32 [b, 8] of `augment.color_jitter`:
-workers draw them with the view's generator, and the device applies them in `augment.normalize`.
+draws is a dict of rows float32 [b, ...], empty but in training: what the worker draws with the
+view's generator and leaves to the device, colour jitter and mixing (`augment.draws`).
 
 `python data.py digits DIR` writes a small folder of real images to train on.
 """
@@ -41,7 +43,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from augment import draw_jitter, eval_transform, train_transform
+from augment import draws, eval_transform, train_transform
 from configs import stable_seed
 
 IGNORE = -100  # the default ignore_index of F.cross_entropy
@@ -384,8 +386,25 @@ def order(n: int, seed: int, epoch: int) -> np.ndarray:
     return torch.randperm(n, generator=generator).numpy()
 
 
+def stream_image(i: int, n: int, global_batch: int, repeats: int = 1) -> tuple[int, int, int]:
+    """Image i of the stream as (epoch, place, view): order(n, seed, epoch)[place] for the view-th
+    time. For R = 1 that is i // n, i % n and the epoch again.
+
+    Repeated augmentation (arXiv:1901.09335): a batch of G holds R views of each of U = G / R images
+    (rounded up: the last views of the last images are then left out), all first views, then all
+    second ones. So neighbours, which may be mixed, are different images. An epoch of the run stays
+    n views, as in DeiT, of n / R images; R of them show every image R times, by R other views. The
+    stream then depends on G: a resume with another batch joins that one's.
+    """
+    different = -(-global_batch // repeats)
+    batch, j = divmod(i, global_batch)
+    repeat, place = divmod(j, different)
+    epoch, place = divmod(batch * different + place, n)
+    return epoch, place, epoch * repeats + repeat
+
+
 class StreamSampler:
-    """One rank's micro-batches of the training stream, each a list of local_batch (epoch, index).
+    """One rank's micro-batches of the training stream, each a list of local_batch (view, index).
 
     Global batch k, images k*G to (k+1)*G of the stream, is cut into G / (local_batch * world)
     micro-batches of local_batch * world images, in order; rank r takes the r-th local_batch of
@@ -393,11 +412,13 @@ class StreamSampler:
     """
 
     def __init__(self, n: int, seed: int, global_batch: int, local_batch: int, rank: int,
-                 world: int, start_image: int, num_steps: int):
+                 world: int, start_image: int, num_steps: int, repeats: int = 1):
         if n < 1 or global_batch % (local_batch * world):
             raise ValueError(f"global batch {global_batch} must be a multiple of {local_batch} "
                              f"images x {world} ranks, and there must be images ({n})")
         self.n, self.seed, self.local_batch = n, seed, local_batch
+        self.stream_image = functools.partial(stream_image, n=n, global_batch=global_batch,
+                                              repeats=repeats)
         self.first_image = start_image + rank * local_batch
         self.micro_batch = local_batch * world  # images of all ranks
         self.length = num_steps * global_batch // self.micro_batch
@@ -406,11 +427,11 @@ class StreamSampler:
         return self.length
 
     def __iter__(self):
-        n, local = self.n, self.local_batch
-        images = functools.lru_cache(1)(functools.partial(order, n, self.seed))  # of one epoch
+        images = functools.lru_cache(2)(functools.partial(order, self.n, self.seed))  # two epochs
         for k in range(self.length):
             start = self.first_image + k * self.micro_batch
-            yield [(i // n, int(images(i // n)[i % n])) for i in range(start, start + local)]
+            keys = map(self.stream_image, range(start, start + self.local_batch))
+            yield [(view, int(images(epoch)[place])) for epoch, place, view in keys]
 
 
 class EvalSampler:
@@ -434,27 +455,23 @@ class EvalSampler:
 
 # ----------------------------------------------------------------------------- views
 class Views(Dataset):
-    """(epoch, index) -> view uint8 [3, H, W], label, index (see the module's table of labels) and,
-    with jitter, the row float32 [8] that `color_jitter` takes; zeros where there is no image."""
+    """(epoch, index) -> view uint8 [3, H, W], label, index and draws, as the module's table says;
+    `draw` makes the draws of one view, whether or not it can be read."""
 
-    def __init__(self, source, transform, image_hw: tuple[int, int], seed: int, jitter=False):
+    def __init__(self, source, transform, image_hw: tuple[int, int], seed: int, draw=dict):
         self.source, self.transform, self.image_hw, self.seed = source, transform, image_hw, seed
-        self.jitter, self.black = jitter, torch.zeros(3, *image_hw, dtype=torch.uint8)
+        self.draw, self.black = draw, torch.zeros(3, *image_hw, dtype=torch.uint8)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
-        epoch, index = key
-        missing = self.black, IGNORE, index, *([torch.zeros(8)] if self.jitter else [])
-        if index == PADDING:
-            return missing
-        try:
-            image, label = self.source.load(index)
-        except Exception:  # noqa: BLE001 whatever went wrong in reading; below it would be a bug
-            return missing
+        (epoch, index), image, label = key, None, IGNORE
+        if index != PADDING:
+            with contextlib.suppress(Exception):  # of reading; below it would be a bug
+                image, label = self.source.load(index)
         with torch.random.fork_rng(devices=[]):
             # not torch.manual_seed: with no workers that reseeds the trainer's GPU generator
             torch.default_generator.manual_seed(stable_seed("view", self.seed, epoch, index))
-            view = self.transform(image)
-            return view, label, index, *([draw_jitter()] if self.jitter else [])
+            view = self.black if image is None else self.transform(image)
+            return view, label, index, self.draw()
 
 
 # ----------------------------------------------------------------------------- loaders
@@ -466,9 +483,9 @@ def train_loader(source, config, image_hw: tuple[int, int], local_batch: int, ra
     Raises ValueError for a batch that does not divide, and as `_loader` does.
     """
     views = Views(source, train_transform(config, image_hw), image_hw, config.seed,
-                  jitter=config.augmentation == "nemo")
+                  functools.partial(draws, config, image_hw))
     sampler = StreamSampler(len(source), config.seed, config.global_batch_size, local_batch,
-                            rank, world, start_image, num_steps)
+                            rank, world, start_image, num_steps, config.repeated_augmentation)
     return _loader(views, sampler, config, local_batch, world, device)
 
 

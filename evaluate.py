@@ -71,10 +71,10 @@ def predict(run: Run, model, loader, count: int) -> Predictions | None:
     training, k = model.training, min(5, run.vit.num_classes)
     model.eval()
     table = torch.zeros(count + 1, 2 + 2 * k, dtype=torch.float64, device=run.device)
-    for images, labels, indices in loader:
+    for images, labels, indices, draws in loader:
         if run.stop.poll():
             break
-        images, labels = run.prepare(images, labels)
+        images, labels, _ = run.prepare(images, labels, draws)
         with run.autocast():
             logits = model(images).float()
         best = logits.topk(k).indices

@@ -18,6 +18,7 @@ POSITIVE = "be positive", lambda x: x > 0
 NOT_NEGATIVE = "not be negative", lambda x: x >= 0
 BELOW_ONE = "be in [0, 1)", lambda x: 0 <= x < 1
 SHARE = "be in (0, 1]", lambda x: 0 < x <= 1
+PROBABILITY = "be in [0, 1]", lambda x: 0 <= x <= 1
 # What another flag must be, likewise, where it is not one of some values.
 GIVEN = "", lambda x: x is not None
 FOLDER = " DIR", lambda x: x not in (None, "shapes")
@@ -30,6 +31,12 @@ def flag(default, help: str, must=None, **only):
     of these, or is GIVEN, or a FOLDER; given elsewhere it is an error.
     """
     return field(default=default, metadata={"help": help, "must": must, "only": only})
+
+
+def also(config, name: str, **only):
+    """The flag `name` of another dataclass, which acts here only where `only` holds too."""
+    f = next(f for f in fields(config) if f.name == name)
+    return flag(f.default, f.metadata["help"], f.metadata["must"], **only, **f.metadata["only"])
 
 
 def flag_name(name: str) -> str:
@@ -130,7 +137,8 @@ def _argparse_type(hint) -> dict:
     if hint == list[str]:
         return dict(nargs="+")
     if typing.get_origin(hint) is tuple:
-        return dict(type=_numbers, metavar="R,G,B")
+        kinds = typing.get_args(hint)
+        return dict(type=_numbers(kinds), metavar="N,M" if kinds == (int, int) else "R,G,B")
     return dict(type=_image_size, metavar="SIZE")
 
 
@@ -142,6 +150,7 @@ def _image_size(text: str) -> int | tuple[int, int]:
     return sides[0] if len(sides) == 1 else tuple(sides)
 
 
-def _numbers(text: str) -> tuple[float, float, float]:
-    r, g, b = (float(value) for value in text.split(","))
-    return r, g, b
+def _numbers(kinds):
+    def numbers(text: str) -> tuple:
+        return tuple(kind(value) for kind, value in zip(kinds, text.split(","), strict=True))
+    return numbers

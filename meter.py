@@ -129,14 +129,14 @@ class Meter:
         return dict(unreadable=sorted(self.unreadable.indices), bad_steps=self.bad_steps)
 
     def watch(self, loader):
-        """Yields (images, labels, jitter if any) of a training loader."""
+        """Yields (images, labels, draws) of a training loader."""
         batches = iter(loader)
         while True:
             begin = time.perf_counter()
-            images, labels, indices, *jitter = next(batches)
+            images, labels, indices, draws = next(batches)
             self.waited += time.perf_counter() - begin
             self.bad_images |= unreadable_in(labels, indices)
-            yield images, labels, *jitter
+            yield images, labels, draws
 
     def put(self, step: int, values: torch.Tensor, lr: float) -> None:
         """values: [loss sum, correct, images, gradient norm] of a step, summed over all ranks."""

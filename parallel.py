@@ -345,6 +345,12 @@ class Bucket:
         runs = [(slice(0, cut), True), (slice(cut, self.end - self.begin), False)]
         return [run for run in runs if run[0].stop > run[0].start]
 
+    def decayed_parts(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Of each weight with decay what this rank's slice, flat [n/N], holds: maybe nothing."""
+        begins = [self.offsets[name] - self.begin for name in self.params]
+        return [flat[max(begin, 0):max(begin + param.numel(), 0)] for begin, (name, param)
+                in zip(begins, self.params.items(), strict=True) if uses_weight_decay(name, param)]
+
     def wait(self, *_) -> None:
         """Until the collective under way is done; also a forward pre-hook of the unit's module."""
         if self.work is not None:
@@ -399,7 +405,7 @@ def plan_buckets(model: nn.Module, grid: Grid) -> list[list[Bucket]]:
 
 
 class ShardedOptimizer:
-    """ZeRO-1 (arXiv:1910.02054) around torch.optim's fused AdamW or SGD.
+    """ZeRO-1 (arXiv:1910.02054) around torch.optim's fused AdamW or SGD; LAMB scales AdamW's step.
 
     The protocol of one step, on every rank:
       1. backward, each micro-batch: as soon as autograd has all gradients of a bucket they are
@@ -414,7 +420,8 @@ class ShardedOptimizer:
     Nothing here makes the host wait for the device.
 
     exchange: how gradients are summed over ranks, with the methods of Collectives.
-    Bytes per parameter, N ranks: bf16-O2 2 (weight) + 4 (grad) + 12/N; fp32 and bf16 8 + 8/N.
+    Bytes per parameter, N ranks: bf16-O2 2 (weight) + 4 (grad) + 12/N; fp32 and bf16 8 + 8/N. LAMB
+    has 4/N more during its step.
     """
 
     def __init__(self, model: nn.Module, grid: Grid, *, optimizer: str = "adamw",
@@ -422,8 +429,10 @@ class ShardedOptimizer:
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  momentum: float = 0.9, clip_grad: float = 0.0, exchange=None):
         self.model, self.grid, self.clip_grad = model, grid, clip_grad
+        self.weight_decay = weight_decay
         self.exchange = exchange or Collectives()
-        self.state_names = ("exp_avg", "exp_avg_sq") if optimizer == "adamw" else (
+        self.lamb, adam = optimizer == "lamb", optimizer in ("adamw", "lamb")
+        self.state_names = ("exp_avg", "exp_avg_sq") if adam else (
             ("momentum_buffer",) if momentum else ())
         units = plan_buckets(model, grid)
         self.buckets = [bucket for unit in units for bucket in unit]
@@ -445,7 +454,7 @@ class ShardedOptimizer:
                 part.grad = bucket.grad_mine[run]
                 states[part] = {name: state[run] for name, state in bucket.state.items()}
                 groups[0 if decay else 1]["params"].append(part)
-        if optimizer == "adamw":
+        if adam:
             self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
             for state in states.values():
                 state["step"] = torch.zeros((), device=self.device)
@@ -487,8 +496,34 @@ class ShardedOptimizer:
         self.optimizer.grad_scale = scale
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        if self.lamb:
+            self._lamb_step(lr)
+        else:
+            self.optimizer.step()
         self.step_count += 1 - self.optimizer.found_inf
+
+    def _lamb_step(self, lr: float) -> None:
+        """LAMB (arXiv:1904.00962), as in apex and timm: for a weight w with decay
+
+            d = lr * (m / (sqrt(v) + eps) + decay * w)     AdamW's m and v, bias-corrected
+            w <- w - lr * |w| / |d| * d                    |.| of whole weights; w - d if one is 0
+
+        and AdamW's step for the others. AdamW gives d: from w = 0 it steps to -lr * m / (...).
+        """
+        w, d = ([part for bucket, flat in zip(self.buckets, flats, strict=True)
+                 for part in bucket.decayed_parts(flat)]
+                for flats in ([bucket.master.clone() for bucket in self.buckets],
+                              [bucket.master for bucket in self.buckets]))
+        torch._foreach_zero_(d)
+        self.optimizer.step()
+        torch._foreach_add_(d, w, alpha=-lr * self.weight_decay)                         # -d
+        squares = torch.stack([torch.stack(torch._foreach_norm(x)).square() for x in (w, d)])
+        if self.grid.world.size > 1:  # each element of a weight is on one rank
+            dist.all_reduce(squares)
+        w_norm, d_norm = squares.sqrt()
+        scale = torch.where((w_norm > 0) & (d_norm > 0), lr * w_norm / d_norm, 1.0)
+        torch._foreach_mul_(d, list((scale * (1 - self.optimizer.found_inf)).unbind()))
+        torch._foreach_add_(d, w)
 
     def wait(self) -> None:
         """Until every bucket's collective is done; forward passes do this block by block."""

@@ -31,10 +31,14 @@ def largest_micro_batch(model: str, tp: int, on_gpu: bool) -> int:
 
 
 def micro_batch_step(config: Compute, vit: ViTConfig) -> int:
-    """What divides every legal micro-batch: tp, since each rank owns micro / tp images, and with
-    fp8 products what makes the tokens a multiple of 16."""
+    """What divides every legal micro-batch: tp, since each rank owns micro / tp images, in pairs if
+    they are mixed, and with fp8 products what makes the tokens a multiple of 16."""
     fp8 = 16 // math.gcd(vit.seq_length, 16) if config.fp8 else 1
-    return math.lcm(config.tensor_parallel_size, fp8)
+    return math.lcm(config.tensor_parallel_size * (2 if mixes(config) else 1), fp8)
+
+
+def mixes(config: Compute) -> bool:
+    return isinstance(config, Step) and bool(config.mixup or config.cutmix)
 
 
 def check_layout(config: Compute, vit: ViTConfig, world: int, device: str) -> None:
@@ -52,6 +56,10 @@ def check_layout(config: Compute, vit: ViTConfig, world: int, device: str) -> No
     if micro and micro % tp:
         raise ValueError(f"--micro-batch-size {micro} must be divisible by --tensor-parallel-size "
                          f"{tp} (each rank owns micro / tp images); nearest: {nearest(micro, tp)}")
+    if micro and mixes(config) and micro % (2 * tp):
+        raise ValueError(f"--mixup and --cutmix mix pairs of one rank's images: --micro-batch-size "
+                         f"{micro} must be a multiple of 2 x tp {tp}; nearest: "
+                         f"{nearest(micro, 2 * tp)}; or leave both out")
     if micro and micro % step:
         raise ValueError(f"--precision {config.precision} needs a multiple of 16 tokens, and "
                          f"--micro-batch-size {micro} x {vit.seq_length} tokens is "
@@ -83,8 +91,11 @@ def plan_batch(config: Step, vit: ViTConfig, world: int, device: str) -> tuple[i
     legal = [m for m in divisors(total // dp) if m % step == 0] if total % dp == 0 else []
     if not legal:
         raise ValueError(f"--global-batch-size {total} must be a multiple of {step * dp}, dp {dp} x"
-                         f" the {step} images that fp8 products need (a multiple of 16 tokens); "
-                         f"nearest: {nearest(total, step * dp)}")
+                         f" the {step} images that fp8 products (a multiple of 16 tokens) or mixing"
+                         f" (pairs on each rank) need; nearest: {nearest(total, step * dp)}")
+    if config.repeated_augmentation > 1 and total < 2 * config.repeated_augmentation:
+        raise ValueError(f"--repeated-augmentation {config.repeated_augmentation} must be at most "
+                         f"half of --global-batch-size {total}, so that a batch has two images")
     if micro is None:
         most = largest_micro_batch(config.model, tp, device == "cuda")
         micro = max([m for m in legal if m <= most], default=legal[0])
@@ -164,7 +175,7 @@ def activation_bytes(vit: ViTConfig, config: Step, images: int) -> int:
 
 def moments(config: Step) -> int:
     """The optimizer's tensors beside each weight."""
-    return 2 if config.optimizer == "adamw" else int(config.momentum > 0)
+    return int(config.momentum > 0) if config.optimizer == "sgd" else 2
 
 
 def memory_plan(vit: ViTConfig, config: Step, tp: int, dp: int, micro: int) -> dict:
@@ -196,6 +207,7 @@ def dry_run(config: TrainConfig, vit: ViTConfig, train_set, val_set, total_steps
     tp, total = config.tensor_parallel_size, config.global_batch_size
     gib = 2**30
     h, w = vit.grid_hw
+    print(f"recipe       {config.recipe}")
     print(f"model        {config.model}: {vit.num_params / 1e6:,.2f} M parameters, "
           f"{vit.num_layers} blocks of width {vit.hidden_size}, "
           f"{vit.num_attention_heads} heads of {vit.head_dim}")

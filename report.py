@@ -357,7 +357,7 @@ def attention(one: Opened, table: Predictions) -> str:
     vit, found = one.run.vit, ""
     for index in sample(table, EXAMPLES):
         pixels, image = view(one, index)
-        batch, _ = one.run.prepare(pixels[None], torch.zeros(1))
+        batch, *_ = one.run.prepare(pixels[None], torch.zeros(1), {})
         shown = [image]
         for weights in attention_maps(one.run, one.model, batch):
             grid = weights[vit.num_class_tokens:].reshape(vit.grid_hw).numpy()

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from augment import normalize
+from augment import normalize, pair_rows
 from configs import Compute, Step, ViTConfig, divisors
 from meter import Log
 from model import ViT, recompute
@@ -145,12 +145,16 @@ class Run:
         if uses_compile(config, device):
             self.normalize = torch.compile(normalize, fullgraph=True, dynamic=False)
 
-    def prepare(self, images, labels, *jitter):
-        """What the loader gives, uint8 [b, 3, H, W], labels [b] and jitter [b, 8] if any -> the
-        normalised images and the labels on the device."""
-        images, labels, *jitter = self.upload(images, labels, *jitter)
+    def prepare(self, images, labels, draws):
+        """What the loader gives, uint8 [b, 3, H, W], labels [b] and draws -> on the device the
+        normalised and mixed images, the labels, and the rows [b, 5] of how they mix, or None."""
+        images, labels, *rows = self.upload(images, labels, *draws.values())
+        draws = dict(zip(draws, rows, strict=True))
+        if "mix" in draws:
+            draws["mix"] = pair_rows(draws["mix"], labels)
         dtype = torch.bfloat16 if self.config.o2 else torch.float32
-        return self.normalize(images, self.config.mean, self.config.std, dtype, *jitter), labels
+        images = self.normalize(images, self.config.mean, self.config.std, dtype, **draws)
+        return images, labels, draws.get("mix")
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16,

@@ -5,6 +5,7 @@ it is.
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -28,8 +29,20 @@ from PIL import Image, ImageDraw
 from torchvision.transforms import v2
 
 import data
-from augment import centre_view, color_jitter, draw_jitter, normalize, train_transform
-from configs import TrainConfig, stable_seed
+from augment import (
+    JITTER,
+    centre_view,
+    color_jitter,
+    draw_jitter,
+    draw_mix,
+    draws,
+    mix_pairs,
+    normalize,
+    pair_rows,
+    soft_targets,
+    train_transform,
+)
+from configs import CROPPED, TrainConfig, stable_seed
 from data import IGNORE, PADDING, decode
 from testing import Few, generator, make_folder, paint
 
@@ -44,9 +57,10 @@ def few_shapes(n=25, split="train", image_hw=HW):
 
 
 def train_batches(source, world=1, rank=0, local=12, start_image=0, steps=5, **changes):
+    """(images, labels, indices, rows of each of the draws) of each micro-batch."""
     config = replace(CONFIG, **changes)
-    return list(data.train_loader(source, config, HW, local, rank, world, start_image, steps,
-                                  "cpu"))
+    loader = data.train_loader(source, config, HW, local, rank, world, start_image, steps, "cpu")
+    return [(*batch, *draws.values()) for *batch, draws in loader]
 
 
 def steps_of(batches_of_ranks, steps):
@@ -297,7 +311,8 @@ def test_unreadable_images_are_ignored_named_and_limited(tmp_path):
     source = data.scan_folder(tmp_path, "train")
     (tmp_path / "train/b/1.png").unlink()  # and one that vanishes after the scan
     batch = next(iter(data.eval_loader(source, CONFIG, HW, 8, 0, 1, "cpu")))
-    images, labels, indices = batch
+    images, labels, indices, nothing = batch
+    assert nothing == {}
     bad = (labels == IGNORE) & (indices >= 0)
     names = {source.name(i) for i in indices[bad].tolist()}
     assert names == {"train/b/1.png", *(f"train/a/{n}" for n in files)}
@@ -306,7 +321,7 @@ def test_unreadable_images_are_ignored_named_and_limited(tmp_path):
     in_training = train_batches(source, local=6, steps=1)
     assert set().union(*(data.unreadable_in(b[1], b[2]) for b in in_training)) == set(
         indices[bad].tolist())
-    assert all(not row.any() for _, labels, _, rows in in_training for row in rows[labels < 0])
+    assert all(not images[labels < 0].any() for images, labels, *_ in in_training)
     log = data.Unreadable(source, 5 / 7)
     assert set(log.add(set(indices[bad].tolist()))) == names and log.error() is None
     assert log.add(set(indices[bad].tolist())) == []
@@ -342,6 +357,34 @@ def test_the_stream_is_the_order_of_its_epochs_end_to_end(world, local):
         data.StreamSampler(0, 3, 6, 6, 0, 1, 0, 1)
 
 
+@pytest.mark.parametrize("repeats, batch", [(3, 12), (3, 16), (2, 10), (4, 8)])
+def test_repeated_augmentation_shows_views_of_fewer_images(repeats, batch):
+    """Of n = 25 images, whatever the layout, a batch has U = ceil(G / R) different ones, each R
+    times but for what is cut off, neighbours differ; each sweep over the images is the order of an
+    epoch, and an image's views have numbers that never return. In sweep e, these are e * R + r."""
+    n, steps, different = 25, 20, -(-batch // repeats)
+    whole = [key for micro in data.StreamSampler(n, 3, batch, batch, 0, 1, 0, steps, repeats)
+             for key in micro]
+    assert len(set(whole)) == len(whole) == steps * batch
+    first_views = []
+    for k in range(steps):
+        keys = whole[k * batch:][:batch]
+        first_views += keys[:different]
+        for j, (view, index) in enumerate(keys):
+            first, same = keys[j % different]
+            assert (view, index) == (first + j // different, same)
+        assert all(a[1] != b[1] for a, b in zip(keys[::2], keys[1::2])
+                   if a[0] // repeats == b[0] // repeats)
+    assert [index for _, index in first_views] == [
+        data.order(n, 3, i // n)[i % n] for i in range(steps * different)]
+    assert [view for view, _ in first_views] == [
+        i // n * repeats for i in range(steps * different)]
+    for world, local in ((2, batch // 4), (1, batch // 2)) if batch % 4 == 0 else ((5, 1),):
+        ranks = [data.StreamSampler(n, 3, batch, local, rank, world, 7 * batch, 13, repeats)
+                 for rank in range(world)]
+        assert [key for micros in zip(*ranks) for m in micros for key in m] == whole[7 * batch:]
+
+
 def test_start_step_far_in_the_run_starts_at_once():
     """A resume does not replay the stream: that would take minutes."""
     begin = time.perf_counter()
@@ -375,7 +418,7 @@ def test_evaluation_counts_each_image_once(world, batch):
     ranks = [list(data.eval_loader(source, config, HW, batch, r, world, "cpu"))
              for r in range(world)]
     assert {len(batches) for batches in ranks} == {-(-45 // (batch * world))}
-    images, labels, indices = map(torch.cat, zip(*(b for batches in ranks for b in batches)))
+    images, labels, indices = map(torch.cat, zip(*(b[:3] for batches in ranks for b in batches)))
     assert images.shape[1:] == (3, *HW) and len(images) % (world * batch) == 0
     assert sorted(indices[indices >= 0].tolist()) == list(range(45))
     assert torch.equal(labels == IGNORE, indices == PADDING)
@@ -385,23 +428,27 @@ def test_evaluation_counts_each_image_once(world, batch):
 
 # ----------------------------------------------------------------------------- views
 def test_a_view_is_a_function_of_seed_epoch_and_index():
-    """One image under all numbers: the same (seed, epoch, index) gives the same pixels and the same
-    jitter, those that the generator of these three draws; any other gives others."""
+    """One image under all numbers: the same (seed, epoch, index) gives the same pixels, jitter and
+    mixing, those that the generator of these three draws; any other gives others."""
+    config = replace(CONFIG, mixup=0.8)
     picture = data.Shapes((64, 64), "train").load(3)[0]
     same = SimpleNamespace(load=lambda index: (picture, 0))
     transform = train_transform(CONFIG, HW)
     views = {}
     for seed, epoch, index in itertools.product((0, 1), (0, 1, 2), (0, 1, 2)):
-        dataset = data.Views(same, transform, HW, seed, jitter=True)
-        view, label, number, row = dataset[epoch, index]
+        dataset = data.Views(same, transform, HW, seed, functools.partial(draws, config, HW))
+        view, label, number, rows = dataset[epoch, index]
         again = dataset[epoch, index]
-        assert torch.equal(view, again[0]) and torch.equal(row, again[3])
-        assert (label, number) == (0, index)
+        assert torch.equal(view, again[0]) and (label, number) == (0, index)
+        assert rows.keys() == {"jitter", "mix"}
         torch.manual_seed(stable_seed("view", seed, epoch, index))
-        assert torch.equal(view, transform(picture)) and torch.equal(row, draw_jitter())
-        views[seed, epoch, index] = view.numpy().tobytes(), tuple(row.tolist())
+        assert torch.equal(view, transform(picture))
+        assert torch.equal(rows["jitter"], draw_jitter(JITTER["nemo"]))
+        assert torch.equal(rows["mix"], draw_mix(0.8, 0, HW))
+        assert all(torch.equal(rows[name], again[3][name]) for name in rows)
+        views[seed, epoch, index] = [x.numpy().tobytes() for x in (view, *rows.values())]
     for a, b in itertools.combinations(views, 2):
-        assert views[a][0] != views[b][0] and views[a][1] != views[b][1], (a, b)
+        assert all(x != y for x, y in zip(views[a], views[b])), (a, b)
 
 
 def test_an_image_looks_different_in_every_epoch():
@@ -463,28 +510,45 @@ def test_evaluation_view_is_resize_and_centre_crop():
         assert torch.equal(next(iter(data.eval_loader(source, config, hw, 6, 0, 1, "cpu")))[0],
                            views)
         trained = data.train_loader(source, config, hw, 12, 0, 1, 0, 1, "cpu")
-        images, _, indices = next(iter(trained))
+        images, _, indices, _ = next(iter(trained))
         assert torch.equal(images, views[indices])
 
 
-@pytest.mark.parametrize("augmentation, more", [
-    ("crop", []), ("crop-flip", [v2.RandomHorizontalFlip()]),
-    ("nemo", [v2.RandomHorizontalFlip(), v2.ToPILImage(), v2.AutoAugment(
-        v2.AutoAugmentPolicy.IMAGENET, v2.InterpolationMode.BICUBIC, fill=128),
-        v2.PILToTensor()])])
-def test_augmentations_are_torchvisions(augmentation, more):
+def in_pillow(transform):
+    return [v2.RandomHorizontalFlip(), v2.ToPILImage(), transform, v2.PILToTensor()]
+
+
+BILINEAR = v2.InterpolationMode.BILINEAR
+AUGMENTATIONS = {
+    "crop": [], "crop-flip": [v2.RandomHorizontalFlip()],
+    "nemo": in_pillow(v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, v2.InterpolationMode.BICUBIC,
+                                     fill=128)),
+    "randaugment": in_pillow(v2.RandAugment(3, 20, interpolation=BILINEAR)),
+    "trivialaugment": in_pillow(v2.TrivialAugmentWide(interpolation=BILINEAR)),
+    "3-augment": [v2.RandomHorizontalFlip(), v2.RandomChoice([
+        v2.Grayscale(3), v2.RandomSolarize(128, 1.0), v2.GaussianBlur(13, (0.1, 2.0))])]}
+
+
+@pytest.mark.parametrize("augmentation", CROPPED)
+def test_augmentations_are_torchvisions(augmentation):
     """From the same generator state each list of transforms gives the bytes of torchvision's own,
-    for 40 draws: at scale 0.3, bicubic, NeMo's grey of 128 where AutoAugment turns an image."""
+    for 40 draws: at scale 0.3, bicubic, NeMo's grey of 128 where AutoAugment turns an image; and
+    erased boxes, half of the time, hold the mean to a byte. A name without a view is refused."""
     image = data.Shapes((100, 120), "train").load(3)[0]
-    ours = train_transform(replace(CONFIG, augmentation=augmentation, crop_scale=0.3), (64, 96))
+    config = replace(CONFIG, augmentation=augmentation, crop_scale=0.3, random_erasing=0.5,
+                     rand_augment=(3, 20), mean=(0.1, 0.5, 0.9))
+    ours = train_transform(config, (64, 96))
     theirs = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(
-        (64, 96), (0.3, 1.0), interpolation=v2.InterpolationMode.BICUBIC), *more])
+        (64, 96), (0.3, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+        *AUGMENTATIONS[augmentation], v2.RandomErasing(0.5, value=[26, 128, 230])])
     views = []
     for seed in range(40):
         views += [torch.manual_seed(seed) and view(image) for view in (ours, theirs)]
         assert torch.equal(*views[-2:])
     assert len(torch.stack(views).unique(dim=0)) == 40
     pickle.loads(pickle.dumps(ours))  # as workers need it that are not forked
+    with pytest.raises(AssertionError, match="--augmentation new has no view"):
+        train_transform(SimpleNamespace(**vars(config) | {"augmentation": "new"}), HW)
 
 
 def test_training_view_is_torchvisions_on_pillow():
@@ -513,29 +577,84 @@ def test_normalize_is_exact():
 def test_colour_jitter_on_the_device_is_torchvisions():
     """From the same generator state a row draws, and color_jitter does, what NeMo's ColorJitter
     does to each float image, in all 24 orders, on black, white and grey pixels too (1e-5: rounding
-    in fp32, 2e-6 seen), and nothing else is drawn. It compiles to one graph and reads nothing back:
-    it runs on the meta device."""
+    in fp32, 2e-6 seen), and nothing else is drawn; and DeiT-III's, but for a hue of 0. It compiles
+    to one graph, with mixing, and reads nothing back: it runs on the meta device."""
     images = torch.randint(0, 256, (200, 3, 16, 12), generator=generator(0), dtype=torch.uint8)
     images[:, :, :4] = images[:, :1, :4]
     images[:, :, 4], images[:, :, 5] = 0, 255
     theirs, rows, want = v2.ColorJitter(0.4, 0.4, 0.4, 0.1), [], []
     for seed, image in enumerate(images):
         torch.manual_seed(seed)
-        rows.append(draw_jitter())
+        rows.append(draw_jitter(JITTER["nemo"]))
         after = torch.get_rng_state()
         torch.manual_seed(seed)
         want.append(theirs(image / 255))
         assert torch.equal(after, torch.get_rng_state())
     rows, want = torch.stack(rows), torch.stack(want)
     assert len(rows[:, :4].unique(dim=0)) == 24
+    for seed, image in enumerate(images[:24]):
+        torch.manual_seed(seed)
+        ours = color_jitter(image[None] / 255, draw_jitter(JITTER["3-augment"])[None])[0]
+        torch.manual_seed(seed)
+        torch.testing.assert_close(ours, v2.ColorJitter(0.3, 0.3, 0.3)(image / 255), atol=1e-5,
+                                   rtol=0)
     got = color_jitter(images / 255, rows)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     compiled = torch.compile(normalize, fullgraph=True, backend="eager")
-    got = compiled(images, mean, std, torch.float32, rows)
+    got = normalize(images, mean, std, torch.float32, rows)
     want = (want - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
-    normalize(images.to("meta"), mean, std, torch.float32, rows.to("meta"))
+    mix = torch.stack([draw_mix(0.8, 1.0, (16, 12)) for _ in images])
+    torch.testing.assert_close(compiled(images, mean, std, torch.float32, rows, mix),
+                               mix_pairs(got, mix))
+    normalize(images.to("meta"), mean, std, torch.float32, rows.to("meta"), mix.to("meta"))
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.2, 0.7)])
+def test_mixing_is_torchvisions_on_pairs(mixup, cutmix):
+    """From the same generator state images 2k and 2k + 1, of any shape, and their targets mix as
+    v2.MixUp and v2.CutMix mix a batch of the two, by the first one's draw; with both by even odds.
+    1e-6: rounding in fp32. The least alpha draws no nan."""
+    hw, seen = (24, 40), set()
+    images = torch.rand(120, 3, *hw, generator=generator("mix"))
+    labels = torch.arange(120) % 7
+    rows, want, targets = [], [], []
+    for k in range(60):
+        torch.manual_seed(k)
+        rows += [draw_mix(mixup, cutmix, hw), torch.full((5,), torch.nan)]
+        after = torch.get_rng_state()
+        torch.manual_seed(k)
+        cut = not mixup or bool(cutmix) and bool(torch.rand(()) < 0.5)
+        mix = (v2.CutMix if cut else v2.MixUp)(alpha=cutmix if cut else mixup, num_classes=7)
+        pair = slice(2 * k, 2 * k + 2)
+        for part, whole in zip(mix(images[pair], labels[pair]), (want, targets)):
+            whole.append(part)
+        assert torch.equal(after, torch.get_rng_state())
+        seen.add(cut)
+    assert seen == {name for name, on in ((False, mixup), (True, cutmix)) if on}
+    rows = pair_rows(torch.stack(rows), labels)
+    mixed = mix_pairs(images, rows)
+    torch.testing.assert_close(mixed, torch.cat(want), atol=1e-6, rtol=0)
+    assert (mixed - images).abs().amax((1, 2, 3)).gt(0.01).float().mean() > 0.4
+    torch.testing.assert_close(soft_targets(labels, rows, 7, 0.0), torch.cat(targets), atol=1e-6,
+                               rtol=0)
+    assert all(draw_mix(1e-6, 0, hw).isfinite().all() for _ in range(20))
+
+
+def test_an_unreadable_image_is_never_mixed():
+    """Nor is its partner: pixels stay as they are, and the targets are its own class and nothing.
+    Smoothing gives (1 - s) t + s / K to a readable image and nothing to the other."""
+    images = torch.rand(6, 3, 4, 4, generator=generator("pair"))
+    labels = torch.tensor([1, IGNORE, IGNORE, 2, 0, 3])
+    rows = pair_rows(torch.tensor([[0.4, 0, 0, 0, 0], [0.1, 1, 1, 3, 3]]).repeat(3, 1), labels)
+    mixed = mix_pairs(images, rows)
+    assert torch.equal(mixed[:4], images[:4]) and not torch.equal(mixed[4:], images[4:])
+    want = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0.4, 0, 0, 0.6],
+                         [0.6, 0, 0, 0.4]])
+    assert torch.equal(soft_targets(labels, rows, 4, 0.0), want)
+    smooth = (0.8 * want + 0.05) * (labels >= 0)[:, None]
+    torch.testing.assert_close(soft_targets(labels, rows, 4, 0.2), smooth)
 
 
 # ----------------------------------------------------------------------------- loaders

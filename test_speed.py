@@ -1003,14 +1003,16 @@ def test_a_profile_that_cannot_be_written_is_an_error_before_the_first_step():
 def _benchmark_beside_training():
     """The weights after three steps of two micro-batches, by the benchmark's timer and by
     train_step."""
-    argv = ["--model", "demo", "--recipe", "demo", "--augmentation", "nemo", "--num-layers", "1",
-            "--num-classes", "5", "--warmup-steps", "2", "--head", "linear"]
+    argv = ["--model", "demo", "--recipe", "demo", "--augmentation", "nemo", "--mixup", "0.8",
+            "--num-layers", "1", "--num-classes", "5", "--warmup-steps", "2", "--head", "linear"]
     config, vit, _ = parse(BenchmarkConfig, argv)
     config = replace(config, global_batch_size=8)
     run = runtime.Run(config, vit, Grid(), CPU, micro_batch=4, accumulation=2)
     torch.manual_seed(0)
     host, results = list(itertools.islice(benchmark.random_batches(run), 6)), []
-    assert [tuple(x.shape) for x in host[0]] == [(4, 3, 32, 32), (4,), (4, 8)]  # 8: of the jitter
+    images, labels, draws = host[0]
+    assert images.shape == (4, 3, 32, 32) and labels.shape == (4,)
+    assert {name: row.shape for name, row in draws.items()} == {"jitter": (4, 8), "mix": (4, 5)}
     assert not torch.equal(host[0][0], host[1][0])
     for timed in True, False:
         model, _ = runtime.build_model(run, seed=0)
@@ -1040,6 +1042,7 @@ def test_the_benchmarks_steps_are_the_trainers():
     (["--prefetch-factor", 2], "--prefetch-factor has no effect with --data None"),
     (["--no-pin-memory"], "--pin-memory has no effect with --data None"),
     (["--crop-scale", 0.5], "--crop-scale has no effect with --data None"),
+    (["--repeated-augmentation", 2], "--repeated-augmentation has no effect with --data None"),
     (["--checkpoint-num-layers", 2], "it needs --activation-checkpointing full"),
     (["--momentum", 0.5], "it needs --optimizer sgd"),
     (["--steps", 0], "--steps 0 must be positive"),

@@ -22,6 +22,7 @@ import time
 import weakref
 from collections import Counter
 from dataclasses import MISSING, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms import v2
 
 import benchmark
 import checkpoint
@@ -37,20 +39,22 @@ import data
 import evaluate
 import model as model_module
 import parallel
+import recipes
 import resume
 import train
 import weights as weights_module
+from augment import loss_sum, soft_targets
 from configs import (
     MODELS,
-    RECIPES,
     BenchmarkConfig,
     ConvertConfig,
     EvalConfig,
     TrainConfig,
     ViTConfig,
     parse,
+    stable_seed,
 )
-from flags import flag_name
+from flags import check_only, flag_name
 from meter import Meter
 from model import ViT, recompute
 from parallel import Axis, Grid, ShardedOptimizer, Split
@@ -61,6 +65,7 @@ from plan import (
     memory_plan,
     plan_batch,
 )
+from recipes import RECIPES, RECIPES_OF_MODELS
 from runtime import Run
 from testing import (
     HERE,
@@ -108,15 +113,16 @@ class Operations(TorchDispatchMode):
 # ----------------------------------------------------------------------------- the files
 # What each file may import of the others, from the first page of the book to the last.
 MAY_IMPORT = {
-    "flags": "", "configs": "flags", "parallel": "configs", "model": "configs parallel",
-    "augment": "configs", "data": "configs augment", "checkpoint": "configs parallel",
-    "resume": "configs checkpoint", "plan": "configs parallel model",
-    "meter": "configs parallel data",
+    "flags": "", "recipes": "", "configs": "flags recipes", "parallel": "configs",
+    "model": "configs parallel", "augment": "configs", "data": "configs augment",
+    "checkpoint": "configs parallel", "resume": "configs checkpoint",
+    "plan": "configs parallel model", "meter": "configs parallel data",
     "runtime": "configs parallel model augment data meter",
     "evaluate": "configs parallel model augment data checkpoint plan meter runtime weights",
     "hub": "flags", "nemo_file": "", "export": "configs model checkpoint",
-    "weights": "flags configs parallel model checkpoint hub nemo_file export",
-    "train": "configs parallel model augment data checkpoint resume plan meter runtime evaluate "
+    "weights": "flags configs recipes parallel model checkpoint hub nemo_file export",
+    "train": "configs recipes parallel model augment data checkpoint resume plan meter runtime "
+             "evaluate "
              "weights report",
     "report": "configs parallel model checkpoint runtime evaluate",
     "kernels": "configs parallel model", "peer": "configs parallel model",
@@ -269,6 +275,56 @@ def test_recipes_and_flags_override_in_order():
         TrainConfig(precision="bf61")
     known = {f.name for cls in (TrainConfig, ViTConfig) for f in fields(cls)}
     assert all(key in known for recipe in RECIPES.values() for key in recipe)
+    assert RECIPES_OF_MODELS.keys() < RECIPES.keys() and set(recipes.FINE_TUNING) < RECIPES.keys()
+    for recipe, model in itertools.product(RECIPES, MODELS):  # all of them are legal together
+        config, vit, _ = parse(TrainConfig, ["--recipe", recipe, "--model", model, "--data", "d"])
+        for key, value in RECIPES_OF_MODELS.get(recipe, {}).get(model, {}).items():
+            assert getattr(config, key, getattr(vit, key, None)) == value, (recipe, model, key)
+        if model not in RECIPES_OF_MODELS.get(recipe, ()):  # none without effect beside the others
+            check_only(config, RECIPES[recipe])
+    parsed = [parse(TrainConfig, ["--recipe", "torchvision", "--data", "d", *flags])[0]
+              for flags in ([], ["--model", "L16"], ["--warmup-steps", "7"])]
+    assert [(c.optimizer, c.lr, c.epochs, c.warmup_epochs, c.warmup_steps) for c in parsed] == [
+        ("adamw", 3e-3, 300.0, 30.0, 10_000), ("sgd", 0.5, 600.0, 5.0, 10_000),
+        ("adamw", 3e-3, 300.0, None, 7)]
+    flags = ["--recipe", "finetune", "--data", "d", "--epochs", "3"]  # 20,000 steps would win
+    assert parse(TrainConfig, flags)[0].max_steps is None
+
+
+def test_a_small_folder_gets_a_recipe_that_fits_it(tmp_path):
+    """Without --recipe: small below SMALL_FOLDER training images, small-finetune with --init-from,
+    else pretrain; the run says which. Its warm-up is of so many epochs of this folder."""
+    for i in range(160):
+        paint(tmp_path / "data/train" / str(i % 2) / f"{i}.png", (16, 16))
+    for i in range(2):
+        paint(tmp_path / "data/val" / str(i) / "0.png", (16, 16))
+    argv = ["--data", str(tmp_path / "data")]
+    recipes = {}
+    for folder, more in itertools.product(("data", "nowhere"), ([], ["--init-from", "w.pt"])):
+        config, vit, _ = parse(TrainConfig, ["--data", str(tmp_path / folder), *more])
+        recipes[folder, len(more)] = config.recipe, config.model
+    assert recipes == {("data", 0): ("small", "Ti16"), ("data", 2): ("small-finetune", "B16"),
+                       ("nowhere", 0): ("pretrain", "B16"), ("nowhere", 2): ("pretrain", "B16")}
+    output = run_command(
+        train.main, *argv, "--model", "demo", "--num-workers", 0, "--max-steps", 2, "--precision",
+        "fp32", "--warmup-epochs", 1.2, "--log-interval", 1, "--output-dir", tmp_path / "output")
+    assert "recipe small, the default here; others: demo, pretrain" in output
+    rates = [float(rate) for rate in re.findall(r"\| lr (\S+) ", output)]
+    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3], rel=1e-2)  # 1.2 x 160 / 64 = 3 steps
+
+
+def test_the_default_recipe_counts_no_more_images_than_it_must(tmp_path, monkeypatch):
+    """SMALL_FOLDER images are not small; of a larger folder no more than these are listed."""
+    make_folder(tmp_path)
+    read = []
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda *a, **k: (read.append(x) or x for x in walk(*a, **k)))
+    monkeypatch.setattr(recipes, "SMALL_FOLDER", 3)
+    assert recipes.default_recipe({"data": str(tmp_path)}) == "small"
+    monkeypatch.setattr(recipes, "SMALL_FOLDER", 1)
+    read.clear()
+    assert recipes.default_recipe({"data": str(tmp_path)}) == "pretrain"
+    assert len(read) == 2  # train itself and its first class
 
 
 def test_learning_rate_is_a_pure_function_of_the_step():
@@ -392,6 +448,16 @@ BAD_INPUT = [
     (1, ["--momentum", "0.5"], "it needs --optimizer sgd"),
     (1, ["--init-image-size", "8"], "it needs --init-from"),
     (1, ["--epochs", "3"], "--epochs and --max-steps contradict each other"),
+    (1, ["--warmup-epochs", "3"], "--warmup-steps and --warmup-epochs contradict each other"),
+    (1, ["--rand-augment", "2,31", "--augmentation", "randaugment"], "and a magnitude in 0..30"),
+    (1, ["--rand-augment", "2,9"], "it needs --augmentation randaugment"),
+    (1, ["--random-erasing", "0.5"], "--random-erasing has no effect with --augmentation none"),
+    (1, ["--label-smoothing", "0.1", "--loss", "bce"], "--label-smoothing 0.1 of all; it must"),
+    (1, ["--mixup", "-1"], "--mixup -1.0 must not be negative"),
+    (1, ["--mixup", "1", "--micro-batch-size", "1"], "1 must be a multiple of 2 x tp 1; nearest"),
+    (2, ["--cutmix", "1", "--tensor-parallel-size", "2", "--micro-batch-size", "2"], "nearest: 4"),
+    (4, ["--cutmix", "1", "--global-batch-size", "4"], "pairs on each rank) need; nearest: 8"),
+    (1, ["--repeated-augmentation", "17"], "at most half of --global-batch-size 32"),
     (1, ["--attention", "triton"], "it needs Triton, CUDA and bf16. Legal here: auto, flash, math"),
     (1, ["--precision", "bf16-O2-fp8"], "capability 8.9 or higher), not CPU"),
     (1, ["--precision", "bf16-O2-fp8", "--micro-batch-size", "8"], "is 56; nearest: 16"),
@@ -791,13 +857,14 @@ def _random_gradient(shape, name, step, rank):
     return 1e-3 * torch.randn(shape, generator=generator("gradient", name, step, rank))
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "lamb"])
 def test_zero1_equals_torch_optim_over_50_steps(kind):
     """50 steps with clipping, decay groups and momentum on 4 ranks, each with its own share of the
-    gradient, equal torch.optim and clip_grad_norm_ on the summed gradient within 1e-6. The
+    gradient, equal torch.optim, or timm's Lamb, and clip_grad_norm_ on the summed gradient within
+    1e-6. The
     gradients are given, since Adam turns the rounding noise of a gradient near zero into a step of
     full size, and this is a test of the optimizer."""
-    given = dict(betas=(0.8, 0.95), eps=1e-7) if kind == "adamw" else dict(momentum=0.7)
+    given = dict(momentum=0.7) if kind == "sgd" else dict(betas=(0.8, 0.95), eps=1e-7)
     world, options = 4, {"optimizer": kind, **given}
     weights = run_ranks(world, _random_gradients, 1, 50, options)[0]
     model = ViT(TINY)
@@ -805,7 +872,8 @@ def test_zero1_equals_torch_optim_over_50_steps(kind):
     named = list(model.named_parameters())
     groups = [{"params": [p for n, p in named if parallel.uses_weight_decay(n, p) == decay],
                "weight_decay": 0.1 * decay} for decay in (True, False)]
-    make = torch.optim.AdamW if kind == "adamw" else torch.optim.SGD
+    make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}.get(kind) or partial(
+        pytest.importorskip("timm.optim").Lamb, max_grad_norm=None)  # it is clipped below
     optimizer = make(groups, lr=1e-3, **given)
     for step in range(50):
         for name, p in named:
@@ -910,7 +978,29 @@ def test_memory_is_6_plus_12_over_n_bytes_per_parameter(world):
     assert all(8 + 8 / world <= b <= 1.03 * (8 + 8 / world) for b in fp32)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_lambs_norms_are_of_whole_weights_in_every_layout():
+    """At (2, 2), where a weight lies on four ranks, the losses of 5 steps are one process's within
+    1e-5 relative. At a rate of 0 nothing moves; a weight of zeros makes AdamW's step."""
+    options = {"optimizer": "lamb", "weight_decay": 0.1}
+    one, four = (run_ranks(n * n, _train_steps, n, n, 5, options)[0][0][0] for n in (1, 2))
+    assert four == pytest.approx(one, rel=1e-5)
+    heads = []
+    for kind in "lamb", "adamw":
+        model = build(TINY, Grid(), random_weights(TINY))
+        torch.nn.init.zeros_(model.head.weight)
+        optimizer = optimizer_of(model, Grid(), optimizer=kind)
+        before = full_weights(optimizer)
+        for lr in 0.0, 1e-2:
+            images, labels = batch_of(TINY, 4)
+            optimizer.backward(F.cross_entropy(model(images), labels))
+            optimizer.step(lr)
+            assert lr or max_difference(before, full_weights(optimizer)) == 0
+        heads.append(full_weights(optimizer)["head.weight"])
+    assert heads[0].abs().max() > 1e-3
+    torch.testing.assert_close(*heads)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "lamb"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_gradient_changes_nothing(kind, bad):
     """Weights, masters, moments and the update count are bit-equal after the bad step, the very
@@ -1237,6 +1327,23 @@ def test_losses_equal_a_plain_pytorch_loop(flags, tmp_path):
     lines, _, _ = run_training(tmp_path, *flags)
     config, vit, _ = parse(TrainConfig, [*TRAIN_FLAGS, *map(str, flags)])
     train_set, _ = data.open_data("shapes", vit.image_hw)
+    order = data.order(len(train_set), config.seed, 0)
+
+    def batch(step):
+        views, labels = zip(*[train_set.load(int(i)) for i in order[32 * step:32 * step + 32]],
+                            strict=True)
+        images = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+        return plain_normalize(images, config), torch.tensor(labels)
+    assert list(losses(lines).values()) == pytest.approx(plain_losses(config, vit, batch), rel=2e-5)
+
+
+def plain_normalize(images, config):
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (config.mean, config.std))
+    return (images.float() / 255 - mean) / std
+
+
+def plain_losses(config, vit, batch, steps=20):
+    """The losses of a loop that anyone would write; batch(step) gives images and targets."""
     model = ViT(replace(vit, num_classes=16), seed=config.seed)
     decay = [p for n, p in model.named_parameters() if parallel.uses_weight_decay(n, p)]
     ids = {id(p) for p in decay}
@@ -1246,22 +1353,92 @@ def test_losses_equal_a_plain_pytorch_loop(flags, tmp_path):
     optimizer = (torch.optim.SGD(groups, momentum=config.momentum) if config.optimizer == "sgd" else
                  torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2),
                                    eps=config.adam_eps))
-    order, history = data.order(len(train_set), config.seed, 0), []
-    for step in range(20):
-        views, labels = zip(*[train_set.load(int(i)) for i in order[32 * step:32 * step + 32]],
-                            strict=True)
-        images = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float() / 255
-        images = (images - torch.tensor(config.mean).view(3, 1, 1)) / torch.tensor(
-            config.std).view(3, 1, 1)
-        loss = F.cross_entropy(model(images), torch.tensor(labels))
+    history = []
+    for step in range(steps):
+        images, targets = batch(step)
+        loss = F.cross_entropy(model(images), targets, label_smoothing=config.label_smoothing)
         for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, config, 20)
+            group["lr"] = train.learning_rate(step, config, steps)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
         optimizer.step()
         history.append(loss.item())
-    assert list(losses(lines).values()) == pytest.approx(history, rel=2e-5)
+    return history
+
+
+STRONG = ["--augmentation", "randaugment", "--rand-augment", "2,15", "--random-erasing", 0.25,
+          "--mixup", 0.8, "--cutmix", 1, "--label-smoothing", 0.1, "--repeated-augmentation", 3,
+          "--max-steps", 12]
+
+
+def test_a_strong_recipe_is_torchvisions_in_every_layout_and_over_a_resume(tmp_path):
+    """RandAugment, erasing, mixup and CutMix of neighbours, smoothing and three views of 11 images
+    (of the third, 10): 12 steps equal the plain loop with torchvision's transforms, each view's
+    generator being that of (seed, view, index), within 2e-5 relative as above. Every layout and
+    accumulation, and a resume at another layout and with workers, within 1e-5 of one process."""
+    config, vit, _ = parse(TrainConfig, [*TRAIN_FLAGS, *map(str, STRONG)])
+    train_set, _ = data.open_data("shapes", vit.image_hw)
+    order, bicubic = data.order(len(train_set), 0, 0), v2.InterpolationMode.BICUBIC
+    view = v2.Compose([
+        v2.PILToTensor(), v2.RandomResizedCrop(16, interpolation=bicubic),
+        v2.RandomHorizontalFlip(), v2.ToPILImage(),
+        v2.RandAugment(2, 15, interpolation=v2.InterpolationMode.BILINEAR), v2.PILToTensor(),
+        v2.RandomErasing(0.25, value=[124, 116, 104])])  # the mean, 0.485, 0.456, 0.406
+
+    def load(repeat, index):
+        torch.default_generator.manual_seed(stable_seed("view", 0, repeat, index))
+        image, label = train_set.load(index)
+        return plain_normalize(view(image), config), label
+
+    def batch(step):
+        keys = [(repeat, int(i)) for repeat in range(3) for i in order[11 * step:11 * step + 11]]
+        mixed = []
+        for k in range(0, 32, 2):
+            pair = [load(*keys[k + 1]), load(*keys[k])]  # what mixes is drawn after the first one
+            cut = torch.rand(()) < 0.5
+            mix = (v2.CutMix if cut else v2.MixUp)(alpha=1.0 if cut else 0.8, num_classes=16)
+            images, labels = zip(*reversed(pair), strict=True)
+            mixed.append(mix(torch.stack(images), torch.tensor(labels)))
+        return map(torch.cat, zip(*mixed, strict=True))
+
+    lines, _, _ = run_training(tmp_path / "one", *STRONG)
+    one = losses(lines)
+    assert list(one.values()) == pytest.approx(plain_losses(config, vit, batch, 12), rel=2e-5)
+    for tp, dp, micro in (2, 2, 16), (1, 2, 4):
+        lines, _, _ = run_training(tmp_path / f"{tp}_{dp}", *STRONG, "--tensor-parallel-size", tp,
+                                   "--micro-batch-size", micro, "--save-interval", 5, world=tp * dp)
+        assert losses(lines) == pytest.approx(one, rel=1e-5), (tp, dp, micro)
+    for later in ("10", "12"):
+        shutil.rmtree(tmp_path / "1_2" / "checkpoints" / f"step_000000{later}")
+    lines, _, outputs = run_training(tmp_path / "1_2", *STRONG, "--tensor-parallel-size", 2,
+                                     "--num-workers", 2, world=2)
+    assert "step 5, image 160" in outputs[0]
+    assert losses(lines) == pytest.approx(one, rel=1e-5)
+
+
+def test_losses_are_those_of_torch_and_deit():
+    """ce: F.cross_entropy of labels, with its smoothing, where an unreadable image counts nothing;
+    of a mix, the mix of the two losses. bce: DeiT-III's, every class with a share is 1, the mean
+    over the classes, a mean over images once divided. Both sum over images. 1e-5: fp32 sums."""
+    g = generator("losses")
+    logits, labels = torch.randn(8, 5, generator=g), torch.tensor([0, 3, -100, 2, 4, 1, 1, 0])
+    mix = torch.rand(4, 1, generator=g).repeat_interleave(2, 0).index_fill(0, torch.tensor([2, 3]),
+                                                                          1.0)
+    other = labels.view(-1, 2).flip(1).flatten()
+    for s in (0.0, 0.3):
+        own, others = (F.cross_entropy(logits, y, reduction="none", label_smoothing=s,
+                                       ignore_index=data.IGNORE) for y in (labels, other))
+        for rows, want in (None, own), (mix, mix[:, 0] * own + (1 - mix[:, 0]) * others):
+            targets = soft_targets(labels, rows, 5, s)
+            torch.testing.assert_close(loss_sum(logits, targets, "ce"), want.sum(),
+                                       atol=1e-5, rtol=1e-5)
+    targets = soft_targets(labels, mix, 5, 0.0)
+    readable = [i for i in range(8) if i != 2]
+    deit = F.binary_cross_entropy_with_logits(logits[readable], targets[readable].gt(0.0).float())
+    assert targets[readable].gt(0).sum() == 13  # two classes of six images, one of image 3
+    torch.testing.assert_close(loss_sum(logits, targets, "bce"), 7 * deit, atol=1e-5,
+                               rtol=1e-5)
 
 
 def _count_of_gelus(argv):

@@ -23,16 +23,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 import data
 import resume
+from augment import loss_sum, soft_targets
 from checkpoint import Saver, load_newest
 from configs import TrainConfig, ViTConfig, parse, stable_seed, to_plain
 from evaluate import score
 from meter import Meter
 from parallel import Grid, on_rank_0
 from plan import dry_run, moments, plan_batch, run_length
+from recipes import FINE_TUNING, RECIPES
 from runtime import (
     Run,
     build_model,
@@ -61,17 +62,19 @@ def learning_rate(step: float, config: TrainConfig, total_steps: float) -> float
 
 def train_step(run: Run, model, optimizer, batches, lr: float) -> torch.Tensor:
     """One optimizer step on the next micro-batches. Returns [loss sum, correct, images, gradient
-    norm] over all ranks, on the device."""
-    sums = torch.zeros(3, device=run.device)
+    norm] over all ranks, on the device; correct is the class with the larger share of a mix."""
+    config, sums = run.config, torch.zeros(3, device=run.device)
     for i in range(run.accumulation):
-        images, labels = run.prepare(*next(batches))
+        images, labels, mix = run.prepare(*next(batches))
         with run.autocast():
             logits = model(images).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=data.IGNORE)
+        targets = soft_targets(labels, mix, logits.shape[1], config.label_smoothing)
+        loss = loss_sum(logits, targets, config.loss)
         # Divided here, so that plain sums over micro-batches and ranks give the mean's gradient.
-        optimizer.backward(loss / run.config.global_batch_size, last=i == run.accumulation - 1)
-        correct, count = logits.detach().argmax(1) == labels, labels != data.IGNORE
-        sums += torch.stack([loss.detach(), correct.sum(), count.sum()])
+        optimizer.backward(loss / config.global_batch_size, last=i == run.accumulation - 1)
+        readable = labels != data.IGNORE
+        correct = readable & (logits.detach().argmax(1) == targets.argmax(1))
+        sums += torch.stack([loss.detach(), correct.sum(), readable.sum()])
     norm = optimizer.step(lr)
     if run.grid.world.size > 1:
         dist.all_reduce(sums)
@@ -159,6 +162,9 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
         grid, device = ((Grid(), torch.device(device_type)) if config.dry_run
                         else start_processes(config))
         train_set, val_set, vit = open_images(config, vit, given, grid, sources)
+        if config.warmup_epochs is not None:
+            config = dataclasses.replace(config, warmup_steps=round(
+                config.warmup_epochs * len(train_set) / config.global_batch_size))
         config, vit, start = choose_start(config, vit, given, grid)
         batch = plan_batch(config, vit, world, device_type)  # weights may bring class tokens along
         if config.dry_run:
@@ -215,10 +221,13 @@ def choose_start(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid):
     if not config.dry_run:
         start.candidates, start.news = on_rank_0(grid, lambda: resume.open_output(
             config.output_dir, config.resume, start.locks))
+    if "recipe" not in given:
+        start.news.insert(0, f"recipe {config.recipe}, the default here; others: "
+                             f"{', '.join(RECIPES)}")
     if config.init_from is None and not start.candidates:
-        if config.recipe == "finetune" and not config.dry_run:
-            raise ValueError("--recipe finetune needs --init-from WEIGHTS: a checkpoint or output "
-                             "directory of this program, or a file of another library")
+        if config.recipe in FINE_TUNING and not config.dry_run:
+            raise ValueError(f"--recipe {config.recipe} needs --init-from WEIGHTS: a checkpoint or "
+                             f"output directory of this program, or a file of another library")
         return config, vit, start
     import weights
     if start.candidates:  # a checkpoint has these facts too, and the file may be gone

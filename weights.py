@@ -46,6 +46,7 @@ from configs import MODELS, ConvertConfig, TrainConfig, ViTConfig, parse
 from flags import flag_name
 from model import ViT
 from parallel import shard
+from recipes import FINE_TUNING
 
 # (their name, ours), replaced as text; timm's names are ours. The last group of a format is what
 # other versions of the library write. `.attn.q. .attn.k. .attn.v.` are then fused to `.attn.qkv.`.
@@ -374,12 +375,12 @@ def _positions(pos: torch.Tensor, facts: dict) -> tuple[torch.Tensor, int | tupl
 def adopt(weights: Weights, config: TrainConfig, vit: ViTConfig,
           given: dict) -> tuple[TrainConfig, ViTConfig, dict]:
     """For training: both configurations with what these weights were trained to where no flag
-    (`given`, by field) says otherwise, and that part. The fine-tuning recipe keeps its own head."""
+    (`given`, by field) says otherwise, and that part. Fine-tuning recipes keep their own head."""
     names = {"num_class_tokens", "head", "layernorm_eps", "gelu_approximate", "mean", "std", "pool",
              "fc_norm", "layerscale", "pre_norm"}
     if given.get("pool") not in (None, weights.facts["pool"]):
         names.remove("fc_norm")
-    if config.recipe == "finetune":
+    if config.recipe in FINE_TUNING:
         names.remove("head")
     taken = {name: weights.facts[name] for name in sorted(names - given.keys())}
     config, vit = (replace(old, **{f.name: taken[f.name] for f in fields(old) if f.name in taken})
