@@ -248,6 +248,7 @@ class TrainConfig(Step, Loader):
     keep_last: int = flag(3, "newest checkpoints kept; 0: all", NOT_NEGATIVE)
     tensorboard: bool = flag(False, "also write TensorBoard scalars (needs tensorboard)")
     report: bool = flag(False, "at the end write OUTPUT_DIR/report.html, as report.py does")
+    wandb: bool = flag(False, "also log to Weights & Biases (needs wandb)")
     resume: str = flag("auto", "auto: newest complete checkpoint of --output-dir; none; or a path")
     init_from: str | None = flag(
         None, "start from these weights: a checkpoint or output directory of this program, or a "

@@ -174,6 +174,8 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
         check_start(config, vit, grid, start, train_set.classes)
         run = Run(config, vit, grid, device, micro_batch=batch[0], accumulation=batch[2])
         run.total_steps = total_steps
+        if config.wandb:
+            run.log.join_wandb(Path(config.output_dir), {**to_plain(vit), **to_plain(config)})
         model, optimizer, kernels = build(run, start)
     describe(run, batch, optimizer, train_set, val_set, kernels, start)
     train(run, model, optimizer, train_set, val_set)
