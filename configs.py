@@ -205,6 +205,8 @@ class Step(Compute):
     lr: float = flag(3e-3, "peak learning rate; never rescaled silently", NOT_NEGATIVE)
     min_lr: float = flag(1e-5, "learning rate at the end of the cosine", NOT_NEGATIVE)
     warmup_steps: int = flag(10_000, "steps of linear warm-up", NOT_NEGATIVE)
+    decay_steps: int | None = flag(None, "length of the cosine, which ends the run; before it the "
+                                   "rate is constant (default: all steps after warm-up)", POSITIVE)
     weight_decay: float = flag(0.3, "on matrices only; adamw: decoupled, w -= lr * decay * w; "
                                "sgd: added to the gradient", NOT_NEGATIVE)
     adam_beta1: float = flag(0.9, "AdamW beta 1", BELOW_ONE, optimizer="adamw")

@@ -57,9 +57,12 @@ def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
     # 1) linear warm-up from lr / warmup to lr
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    # 2) cosine from lr down to min_lr, which the last step reaches
-    span = max(total_steps - 1 - config.warmup_steps, 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * min((step - config.warmup_steps) / span, 1)))
+    # 2) lr, if --decay-steps leaves a time for it
+    decay = config.decay_steps or total_steps
+    begin = max(total_steps - decay, config.warmup_steps)
+    # 3) cosine from lr down to min_lr, which the last step reaches
+    share = max(step - begin, 0) / max(total_steps - 1 - begin, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(share, 1)))
     return config.min_lr + (config.lr - config.min_lr) * cosine
 
 
@@ -164,6 +167,9 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
         train_set, val_set, vit = open_images(config, vit, given, grid, sources)
         total_steps = config.max_steps or max(
             int(config.epochs * len(train_set)) // config.global_batch_size, 1)
+        if config.decay_steps and config.decay_steps > total_steps - config.warmup_steps:
+            raise ValueError(f"--decay-steps {config.decay_steps} must not exceed the "
+                             f"{total_steps - config.warmup_steps} steps after warm-up")
         config, vit, start = choose_start(config, vit, given, grid)
         batch = plan_batch(config, vit, world, device_type)  # weights may bring class tokens along
         if config.dry_run:
