@@ -161,11 +161,14 @@ class CheckpointTensors:
         self.directory, self.where, self.files = directory, read_meta(directory)["where"], {}
 
     def __call__(self, name: str, kind: str) -> torch.Tensor:
+        return self.kinds(name)[kind]
+
+    def kinds(self, name: str) -> dict[str, torch.Tensor]:
         file = self.where[name]
         if file not in self.files:
             self.files[file] = torch.load(self.directory / file, map_location="cpu", mmap=True,
                                           weights_only=True)
-        return self.files[file][name][kind]
+        return self.files[file][name]
 
 
 @torch.no_grad()
@@ -183,7 +186,8 @@ def load_checkpoint(directory: Path, optimizer: ShardedOptimizer) -> dict:
                          f"match, for example {odd[0]}; give its --model, or --resume none")
     if tuple(meta["state"]) != optimizer.state_names:
         raise ValueError(f"{directory} holds {meta['state']}, this --optimizer needs "
-                         f"{list(optimizer.state_names)}; give the same --optimizer")
+                         f"{list(optimizer.state_names)}; give the same --optimizer and "
+                         f"--ema-decay (0: no ema)")
     for bucket in optimizer.buckets:
         for name, param in bucket.params.items():
             begin = max(bucket.offsets[name], bucket.begin)
@@ -257,8 +261,8 @@ def find_resume(output_dir: str, resume: str) -> tuple[Path | None, list[str]]:
 def check_same_model(directory: Path, vit: dict, classes: list[str], data: str) -> None:
     """A checkpoint continues only its own model (fields of ViTConfig), on its own classes."""
     meta = read_meta(directory)
-    free = ("hidden_dropout", "attention_dropout", "drop_path_rate", "gelu_approximate",
-            "layernorm_eps")
+    free = ("hidden_dropout", "attention_dropout", "drop_path_rate", "drop_path_mode",
+            "drop_patch_rate", "gelu_approximate", "layernorm_eps")
     differ = [f"{key} {meta['vit'].get(key)} (this run: {value})" for key, value in vit.items()
               if key not in free and meta["vit"].get(key) != value]
     if differ:

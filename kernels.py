@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configs import ViTConfig
+from configs import ViTConfig, kept_images
 from model import KEPT, Attention, Block, LastBlock, ViT
 from parallel import ColumnParallelLinear, RowParallelLinear
 
@@ -46,8 +46,8 @@ def apply(model: ViT, *, attention: str | None = None, fp8: bool = False,
         block.__class__ = FusedLastBlock if isinstance(block, LastBlock) else FusedBlock
         # A buffer, not a float: blocks that differ in it share one compiled graph.
         keep = torch.tensor(1 - block.drop_path.rate, device=block.norm1.weight.device)
-        block.register_buffer("keep", keep if model.config.drop_path_rate else None,
-                              persistent=False)
+        by_image = model.config.drop_path_rate and model.config.drop_path_mode == "image"
+        block.register_buffer("keep", keep if by_image else None, persistent=False)
     if fused:
         model.__class__ = FusedViT
 
@@ -63,6 +63,8 @@ def compile(model: ViT, **options) -> None:
     """
     import torch._inductor.config as inductor
     from torch._inductor.lowering import add_needs_realized_inputs
+    # A graph for each number of images that blocks compute (--drop-path-mode batch), and eval's.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # So that the compiler writes x where it makes it, in the pass that also finds its largest
     # element: g/14 at 128 from 321 to 346 images/s.
     add_needs_realized_inputs(torch.ops.vit.cast_both.default)
@@ -108,19 +110,62 @@ class FusedBlock(Block):
         x, y, seed = stream
         seeds = [seed := seed + GOLDEN_RATIO for _ in range(4)]
         x = x + self.dropped(y, seeds[0])
-        y = self.dropped(self.path(self.attn(self.norm1(x)), seeds[1]), seeds[2])
-        x = x[:, :self.tokens] + y
-        return x, self.path(self.mlp(self.norm2(x)), seeds[3]), seed
+        y = self.path(lambda x: self.attn(self.norm1(x)), x, seeds[1])
+        x = x[:, :self.tokens] + self.dropped(y, seeds[2])
+        return x, self.path(lambda x: self.mlp(self.norm2(x)), x, seeds[3]), seed
 
     def dropped(self, y, seed):
         return dropout(y, self.drop.rate, seed) if self.training and self.drop.rate else y
 
-    def path(self, y, seed):
-        """Drop path: whole images by the hash of (seed, image)."""
-        if self.keep is None or not self.training:
-            return y
-        kept = hashed(y.shape[0], seed) * 2**-32 + 0.5 < self.keep
-        return y * kept.view(-1, 1, 1) / self.keep.to(y.dtype)
+    def path(self, branch, x, seed):
+        """branch(x) with drop path: whole images by the hash of (seed, image)."""
+        if not self.training or self.keep is None and self.drop_path.mode == "image":
+            return branch(x)
+        b, hashes = x.shape[0], hashed(x.shape[0], seed)
+        if self.drop_path.mode == "image":
+            y = branch(x)
+            kept = hashes * 2**-32 + 0.5 < self.keep
+            return y * kept.view(-1, 1, 1) / self.keep.to(y.dtype)
+        count = kept_images(b, self.drop_path.rate)
+        if count == b:
+            return branch(x)
+        kept = hashes.argsort()
+        place = kept.argsort()  # of each image among the kept ones, or behind them
+        y = branch(Take.apply(x, kept[:count], place))
+        return Spread.apply(y, kept[:count], place) * (b / count)
+
+
+def spread(y, place):
+    """y [n, S, D] of n images, each at its place of b, and zeros: [b, S, D]. Gathered, not added
+    by index, so that it fuses with what follows."""
+    there = (place < len(y)).view(-1, 1, 1)
+    return torch.where(there, y[place.clamp(max=len(y) - 1)], 0.0)
+
+
+class Take(torch.autograd.Function):
+    """x [b, S, D] -> the images `kept`, [n, S, D]; backward: spread."""
+
+    @staticmethod
+    def forward(ctx, x, kept, place):
+        ctx.save_for_backward(place)
+        return x[kept]
+
+    @staticmethod
+    def backward(ctx, dy):
+        return spread(dy, *ctx.saved_tensors), None, None
+
+
+class Spread(torch.autograd.Function):
+    """spread, whose backward takes the images `kept`."""
+
+    @staticmethod
+    def forward(ctx, y, kept, place):
+        ctx.save_for_backward(kept)
+        return spread(y, place)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy[ctx.saved_tensors[0]], None, None
 
 
 class FusedLastBlock(FusedBlock):

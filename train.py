@@ -31,13 +31,14 @@ from checkpoint import (
     check_same_model,
     find_resume,
     load_checkpoint,
+    read_meta,
     save_checkpoint,
 )
 from configs import TrainConfig, ViTConfig, parse, stable_seed, to_plain
 from evaluate import score
 from meter import Meter
 from parallel import Grid, on_rank_0
-from plan import dry_run, plan_batch
+from plan import checkpoint_bytes, dry_run, plan_batch
 from runtime import (
     Run,
     build_model,
@@ -106,7 +107,7 @@ def train(run: Run, model, optimizer, train_set, val_set) -> None:
         step += 1
         meter.put(step, values, lr)
         if due(config.eval_interval, step, run):
-            with meter.paused():
+            with meter.paused(), optimizer.averaged():
                 result = score(run, model, val_loader, val_set, step)
         if due(config.save_interval, step, run):
             with meter.paused():
@@ -116,7 +117,8 @@ def train(run: Run, model, optimizer, train_set, val_set) -> None:
         if stopped and saved != step_directory(run, step):
             saved = save(run, optimizer, train_set, step)
         if not stopped and result is None:  # resumed after the last step
-            result = score(run, model, val_loader, val_set, step)
+            with optimizer.averaged():
+                result = score(run, model, val_loader, val_set, step)
     finish(run, meter, step, saved, result)
 
 
@@ -228,7 +230,7 @@ def choose_start(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid):
         config, vit, _ = weights.adopt(weights.read_weights(resume), config, vit, given)
         news += [f"--init-from {config.init_from} is not read again: the checkpoint goes on"]
         return config, vit, Start(resume, news=news)
-    source = weights.read_weights(config.init_from, config.init_image_size)
+    source = weights.read_weights(config.init_from, config.init_image_size, config.weights)
     config, vit, taken = weights.adopt(source, config, vit, given)
     fitted, report = weights.fit_weights(source, vit)
     news += [f"weights of {config.init_from} ({source.format}): {'; '.join(report)}",
@@ -240,7 +242,7 @@ def check_start(config: TrainConfig, vit: ViTConfig, grid: Grid, start: Start,
                 classes: list[str]) -> None:
     """Raises ValueError for an output directory or a checkpoint that this run cannot use."""
     output = Path(config.output_dir)
-    on_rank_0(grid, lambda: check_room(output, vit.num_params * 4 * 3))
+    on_rank_0(grid, lambda: check_room(output, checkpoint_bytes(vit, config)))
     if not (output / "checkpoints").is_dir():
         raise ValueError(f"--output-dir {output} is not shared by all nodes: rank "
                          f"{grid.world.rank} does not see what rank 0 created")
@@ -251,6 +253,11 @@ def check_start(config: TrainConfig, vit: ViTConfig, grid: Grid, start: Start,
             raise ValueError(f"--tensorboard needs `pip install tensorboard`: {e}") from e
     if start.resume:
         check_same_model(start.resume, to_plain(vit), classes, config.data)
+        frozen = read_meta(start.resume)["config"].get("freeze", "none")
+        if frozen != config.freeze:
+            raise ValueError(f"{start.resume} is of a run with --freeze {frozen} (this run: "
+                             f"{config.freeze}); start from it with --init-from in another "
+                             "--output-dir")
 
 
 def build(run: Run, start: Start):
@@ -284,6 +291,11 @@ def describe(run: Run, batch: tuple, optimizer, train_set, val_set, kernels: str
     log.print(f"precision {config.precision}, {kernels}")
     log.print(f"weight decay {config.weight_decay} on {len(decay)} matrices, none on "
               f"{len(no_decay)} biases, norms, tokens and positions")
+    if config.freeze == "backbone":
+        log.print(f"frozen: all but {', '.join([*decay, *no_decay])}")
+    if config.ema_decay:
+        log.print(f"average of the weights with decay {config.ema_decay}: validation scores it, "
+                  "not the model's own")
     if config.warmup_steps >= run.total_steps:
         log.print(f"note: --warmup-steps {config.warmup_steps:,} is no shorter than the run; the "
                   f"peak --lr {config.lr} is not reached")

@@ -103,35 +103,41 @@ def rename(name: str, pairs) -> str:
 
 
 # ----------------------------------------------------------------------------- in
-def read_weights(path: str | Path, image_size: int | tuple[int, int] | None = None) -> Weights:
+def read_weights(path: str | Path, image_size: int | tuple[int, int] | None = None,
+                 which: str | None = None) -> Weights:
     """Reads our checkpoint (or the newest of an output directory), or a file of timm, Hugging Face
     (or a hub's folder), torchvision or Google (.npz), which its names tell.
 
     Sizes come from the tensors' shapes, the rest from our files' facts or a hub's config.json, else
     SILENT. image_size (pixels; the file's own) is needed where its patches are no square and it
-    does not tell. Raises ValueError for a file that cannot be read, is no ViT, or is not complete.
+    does not tell. which: of a checkpoint, its average ("ema") or the "model"; None: the average, if
+    it has one. Raises ValueError for a file that cannot be read, is no ViT, or is not complete.
     """
     path = Path(path)
     file = next((path / name for name in HUB_FILES if (path / name).exists()), path)
     if file.is_dir():
         file = newest_checkpoint(file)
     try:
-        raw, told = _open(file)
+        raw, told = _open(file, which)
         fmt, tensors, facts = _interpret(raw, told, image_size)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
     return Weights("a checkpoint" if file.is_dir() else fmt, tensors, facts)
 
 
-def _open(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+def _open(path: Path, which: str | None = None) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors of a file or checkpoint under their own names, and what it tells of TOLD."""
     if not path.exists():
         raise ValueError("there is no such file")
     if not path.is_dir() and path.suffix not in (".pt", ".pth", ".bin", ".safetensors", ".npz"):
         raise ValueError("its name must end in .pt, .pth, .bin, .safetensors or .npz, or it must "
                          "be a checkpoint directory")
+    averaged = path.is_dir() and "ema" in read_meta(path)["state"]
+    if which == "ema" and not averaged or which and not path.is_dir():
+        raise ValueError(f"--weights {which} is for a checkpoint of this program"
+                         + (", with --ema-decay" if which == "ema" else "") + "; leave it out")
     try:
-        raw, told = _load(path)
+        raw, told = _load(path, averaged and which != "model")
     except OSError as e:
         raise ValueError(f"it cannot be read: {e.strerror or e}") from e
     except Exception as e:  # torch, numpy and safetensors each fail in their own ways
@@ -149,11 +155,13 @@ def _open(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return raw, {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k in TOLD}
 
 
-def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+def _load(path: Path, average: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
     """_open without its checks; fails as the libraries do. Tensors are mapped where possible."""
     if path.is_dir():
         meta, read = read_meta(path), CheckpointTensors(path)
-        return ({name: read(name, "weight") for name in meta["where"]},
+        kinds = {name: read.kinds(name) for name in meta["where"]}
+        return ({name: kind["ema" if average and "ema" in kind else "weight"]  # frozen: no average
+                 for name, kind in kinds.items()},
                 {**meta["config"], **meta["vit"], "classes": meta["classes"]})
     open(path, "rb").close()  # of a file that may not be read safetensors says that there is none
     if path.suffix == ".safetensors":
@@ -483,7 +491,7 @@ def convert(config: ConvertConfig) -> None:
     """Reads SOURCE, writes OUTPUT, says what was done. Raises ValueError for what cannot be."""
     told = asdict(config)
     source, output, fmt = (told.pop(name) for name in ("source", "output", "format"))
-    weights = read_weights(source, told.pop("init_image_size"))
+    weights = read_weights(source, told.pop("init_image_size"), told.pop("weights"))
     vit, facts = whole_model(weights, source, **told)
     fitted, report = fit_weights(weights, vit)
     try:
