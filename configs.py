@@ -272,14 +272,10 @@ class Step(Compute):
         check(self)
         if self.min_lr > self.lr:
             raise ValueError(f"--min-lr {self.min_lr} must not exceed --lr {self.lr}")
-        if self.fp8 and self.freeze == "backbone":
-            raise ValueError(f"--precision {self.precision} has no effect with --freeze backbone: "
-                             "the blocks have no backward; legal: fp32, bf16, bf16-O2")
 
     @property
     def passes(self) -> int:
-        """A training step's work in forward passes: backward is two, and none where it is frozen.
-        """
+        """A training step's work in forward passes: backward is two, of what is not frozen."""
         return 1 if self.freeze == "backbone" else 3
 
 
@@ -462,10 +458,6 @@ def parse(cls, argv: list[str] | None = None) -> tuple:
             raise ValueError(f"{flag_name(name)} has no effect with --freeze backbone; leave one "
                              "of them out")
         vit = replace(vit, **off)
-    if (config.activation_checkpointing == "selective" and vit.attention_dropout
-            and vit.drop_path_mode == "batch"):  # attention's draw repeats where a block begins
-        raise ValueError(f"--activation-checkpointing selective with --drop-path-mode batch: "
-                         f"--attention-dropout must be 0, not {vit.attention_dropout}")
     check_only(config, given)
     check_only(vit, given)
     return config, vit, given

@@ -119,53 +119,37 @@ class FusedBlock(Block):
 
     def path(self, branch, x, seed):
         """branch(x) with drop path: whole images by the hash of (seed, image)."""
-        if not self.training or self.keep is None and self.drop_path.mode == "image":
+        b, by_batch = x.shape[0], self.drop_path.mode == "batch"
+        count = kept_images(b, self.drop_path.rate) if by_batch else b
+        if not self.training or (count == b if by_batch else self.keep is None):
             return branch(x)
-        b, hashes = x.shape[0], hashed(x.shape[0], seed)
-        if self.drop_path.mode == "image":
-            y = branch(x)
-            kept = hashes * 2**-32 + 0.5 < self.keep
-            return y * kept.view(-1, 1, 1) / self.keep.to(y.dtype)
-        count = kept_images(b, self.drop_path.rate)
-        if count == b:
-            return branch(x)
-        kept = hashes.argsort()
-        place = kept.argsort()  # of each image among the kept ones, or behind them
-        y = branch(Take.apply(x, kept[:count], place))
-        return Spread.apply(y, kept[:count], place) * (b / count)
-
-
-def spread(y, place):
-    """y [n, S, D] of n images, each at its place of b, and zeros: [b, S, D]. Gathered, not added
-    by index, so that it fuses with what follows."""
-    there = (place < len(y)).view(-1, 1, 1)
-    return torch.where(there, y[place.clamp(max=len(y) - 1)], 0.0)
+        if by_batch:
+            order = hashed(b, seed).argsort()
+            kept, place = order[:count], order.argsort()
+            return Take.apply(branch(Take.apply(x, kept, place)), place, kept) * (b / count)
+        y = branch(x)
+        kept = hashed(b, seed) * 2**-32 + 0.5 < self.keep
+        return y * kept.view(-1, 1, 1) / self.keep.to(y.dtype)
 
 
 class Take(torch.autograd.Function):
-    """x [b, S, D] -> the images `kept`, [n, S, D]; backward: spread."""
+    """x [n, S, D] -> its images `index` [m], zeros where that is n or more: [m, S, D]. back [n]:
+    which image of the result each of x is. Gathered both ways, not added by index, so that it fuses
+    with what is before and behind it."""
 
     @staticmethod
-    def forward(ctx, x, kept, place):
-        ctx.save_for_backward(place)
-        return x[kept]
-
-    @staticmethod
-    def backward(ctx, dy):
-        return spread(dy, *ctx.saved_tensors), None, None
-
-
-class Spread(torch.autograd.Function):
-    """spread, whose backward takes the images `kept`."""
-
-    @staticmethod
-    def forward(ctx, y, kept, place):
-        ctx.save_for_backward(kept)
-        return spread(y, place)
+    def forward(ctx, x, index, back):
+        ctx.save_for_backward(back)
+        return take(x, index)
 
     @staticmethod
     def backward(ctx, dy):
-        return dy[ctx.saved_tensors[0]], None, None
+        return take(dy, *ctx.saved_tensors), None, None
+
+
+def take(x, index):
+    there = (index < len(x)).view(-1, 1, 1)
+    return torch.where(there, x[index.clamp(max=len(x) - 1)], 0.0)
 
 
 class FusedLastBlock(FusedBlock):

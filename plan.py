@@ -78,6 +78,13 @@ def plan_batch(config: Step, vit: ViTConfig, world: int, device: str) -> tuple[i
     Raises ValueError as check_layout does, and naming the nearest legal batches.
     """
     check_layout(config, vit, world, device)
+    if config.fp8 and config.freeze == "backbone":
+        raise ValueError(f"--precision {config.precision} has no effect with --freeze backbone, as "
+                         "the blocks have no backward; legal: fp32, bf16, bf16-O2")
+    if (config.activation_checkpointing == "selective" and vit.attention_dropout
+            and vit.drop_path_mode == "batch"):  # an attention's draw must be its block's first
+        raise ValueError("--activation-checkpointing selective with --drop-path-mode batch: "
+                         f"--attention-dropout must be 0, not {vit.attention_dropout}")
     tp, total, step = config.tensor_parallel_size, config.global_batch_size, micro_batch_step(
         config, vit)
     dp, micro = world // tp, config.micro_batch_size

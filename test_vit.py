@@ -1584,8 +1584,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
 
 
 def test_validation_and_evaluation_score_the_average_over_a_resume(tmp_path):
-    """With --ema-decay, and half blocks and patches left out by rank: 8 steps of 2 ranks of tp, then
-    12 of 2 of dp, end with the losses, weights and average of 20 of tp, within 1e-5. The
+    """With --ema-decay, and half blocks and patches left out by rank: 8 steps of 2 ranks of tp,
+    then 12 of 2 of dp, end with the losses, weights and average of 20 of tp, within 1e-5. The
     validation of the run is that of the average, as read from the checkpoint (--weights ema, the
     default; model's is another). Without the flag the checkpoint is not taken for this run's."""
     flags = ["--ema-decay", 0.9, "--layer-decay", 0.8, "--decay-steps", 5, "--save-interval", 8,
