@@ -77,7 +77,8 @@ def print_row(run: Run, times: list[float], micro: int, kernels: str, optimizer)
     times = sorted(times)
     median = times[len(times) // 2]
     rate, dp = config.global_batch_size / median, grid.world.size // grid.tp.size
-    flops, peak = rate * 3 * vit.flops_per_image / grid.world.size, run.peak
+    flops = rate * config.passes * vit.train_flops_per_image / grid.world.size
+    peak = run.peak
     planned = sum(memory_plan(vit, config, grid.tp.size, dp, micro).values()) / 2**30
     run.log.print(f"torch {torch.__version__}, {grid.world.size} x {device_name(run.device)}, "
                   f"dropout {vit.hidden_dropout}, checkpointing "

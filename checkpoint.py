@@ -138,8 +138,8 @@ class Saver:
         self.written, self.host, grid = 0, None, self.grid
         shapes = {n: full_shape(p, grid.tp) for b in optimizer.buckets for n, p in b.params.items()}
         self.owner = _share_out({n: math.prod(s) for n, s in shapes.items()}, grid.world.size)
-        mine = {(n, kind): shape for n, shape in shapes.items() if self.owner[n] == grid.world.rank
-                for kind in ("weight", *optimizer.state_names)}
+        mine = {(n, kind): shapes[n] for b in optimizer.buckets for n in b.params
+                if self.owner[n] == grid.world.rank for kind in ("weight", *b.state)}
         need = 4 * sum(map(math.prod, mine.values()))
         self._allocate = partial(host_tensors, mine, pin=optimizer.device.type == "cuda")
         short = all_gather_object(max(need - room, 0), grid.world)
@@ -360,6 +360,9 @@ class CheckpointTensors:
         except Exception as e:  # torch fails in many ways
             raise Damaged(f"{directory} is damaged: a file cannot be read: {e}") from e
 
+    def kinds(self, name: str) -> list[str]:
+        return list(self.files[self.where[name]].get(name, ()))
+
     def __call__(self, name: str, kind: str) -> torch.Tensor:
         file = self.where[name]
         try:
@@ -387,7 +390,8 @@ def load_checkpoint(directory: Path, optimizer: ShardedOptimizer) -> dict:
                          f"match, for example {odd[0]}; give its --model, or --resume none")
     if tuple(meta["state"]) != optimizer.state_names:
         raise ValueError(f"{directory} holds {meta['state']}, this --optimizer needs "
-                         f"{list(optimizer.state_names)}; give the same --optimizer")
+                         f"{list(optimizer.state_names)}; give the same --optimizer and "
+                         f"--ema-decay (0: no ema)")
     mine = [(bucket, name, kind, slice_) for bucket in optimizer.buckets for name in bucket.params
             for kind, slice_ in {"weight": bucket.master, **bucket.state}.items()
             if bucket.offsets[name] < bucket.end

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from flags import (
+    ABOVE_ZERO,
     BELOW_ONE,
     FOLDER,
     GIVEN,
@@ -28,6 +29,7 @@ from flags import (
     check,
     check_only,
     flag,
+    flag_name,
     read_flags,
     unknown,
 )
@@ -58,6 +60,11 @@ class ViTConfig:
     attention_dropout: float = flag(0.0, "dropout of the attention probabilities", BELOW_ONE)
     drop_path_rate: float = flag(0.0, "stochastic depth of the last block (linear from 0)",
                                  BELOW_ONE)
+    drop_path_mode: Literal["image", "batch"] = flag(
+        "image", "image: each is dropped at the rate; batch: a fixed number, at rates in "
+        "sixteenths, which are not computed", drop_path_rate=ABOVE_ZERO)
+    drop_patch_rate: float = flag(0.0, "share of an image's patches left out in training (timm's "
+                                  "patch_drop_rate)", BELOW_ONE)
     gelu_approximate: Literal["none", "tanh", "quick"] = flag(
         "none", "none: exact GELU; tanh: faster; quick: x sigmoid(1.702 x), as CLIP")
     layernorm_eps: float = flag(1e-6, "epsilon of every LayerNorm (NeMo 1e-5, timm 1e-6)")
@@ -99,6 +106,23 @@ class ViTConfig:
         return self.num_class_tokens + self.num_patches
 
     @property
+    def train_seq_length(self) -> int:
+        """Tokens of an image in training, at least one of them a patch."""
+        return self.num_class_tokens + max(int(self.num_patches * (1 - self.drop_patch_rate)), 1)
+
+    @property
+    def drop_path_rates(self) -> list[float]:
+        """Of each block, linear from 0."""
+        return [self.drop_path_rate * i / max(self.num_layers - 1, 1)
+                for i in range(self.num_layers)]
+
+    @property
+    def computed_shares(self) -> list[float]:
+        """The share of the images that each block computes in training."""
+        batch = self.drop_path_mode == "batch"
+        return [kept_images(16, rate) / 16 if batch else 1.0 for rate in self.drop_path_rates]
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
@@ -118,18 +142,26 @@ class ViTConfig:
         return embedding + self.num_layers * block + 2 * d * (1 + self.pre_norm) + head
 
     @property
-    def flops_per_image(self) -> int:
+    def flops_per_image(self) -> float:
         """Floating-point operations of one image's forward pass: the matrix products and attention
         that are computed (a multiply-add is 2); of the last block keys and values of all tokens,
-        the rest of one, unless the head reads their mean. A training step costs three times this,
-        without recomputation."""
-        s, d, f = self.seq_length, self.hidden_size, self.ffn_hidden_size
+        the rest of one, unless the head reads their mean."""
+        return self._flops(self.seq_length, [1.0] * self.num_layers)
+
+    @property
+    def train_flops_per_image(self) -> float:
+        """The same in training: without the patches and the halves of blocks that are left out. A
+        step costs three times this, without recomputation."""
+        return self._flops(self.train_seq_length, self.computed_shares)
+
+    def _flops(self, s: int, shares: list[float]) -> float:
+        d, f = self.hidden_size, self.ffn_hidden_size
         block = 2 * s * (4 * d * d + 2 * d * f) + 4 * s * s * d
         last = block if self.pool == "mean" else (
             4 * s * d * d + 2 * (2 * d * d + 2 * d * f) + 4 * s * d)
         head = 2 * d * self.num_classes + (2 * d * d if self.head == "mlp" else 0)
         embedding = 2 * self.num_patches * d * self.patch_dim
-        return embedding + (self.num_layers - 1) * block + last + head
+        return embedding + sum(shares[:-1]) * block + shares[-1] * last + head
 
 
 def _shape(hidden, ffn, layers, heads, patch, **more):
@@ -154,6 +186,10 @@ MICRO_BATCH = {"B16": 256, "L16": 256, "H16": 128, "H14": 128, "g14": 64, "G14":
 
 
 # ----------------------------------------------------------------------------- shared flags
+WHICH_WEIGHTS = ("of a checkpoint: its average (--ema-decay) or the model's own weights (default: "
+                 "the average, where there is one)")
+
+
 @dataclass(frozen=True)
 class Compute:
     """What every command that runs a model takes: its layout, precision and kernels."""
@@ -210,7 +246,8 @@ class Step(Compute):
     peer_copies: bool | None = flag(None, "sum gradients by copies between the GPUs instead of "
                                     "NCCL (default: where one host has all of them)")
     activation_checkpointing: Literal["none", "selective", "full"] = flag(
-        "none", "selective: keep matrix products and attention; full: keep block inputs only")
+        "none", "selective: keep matrix products and attention; full: keep block inputs only",
+        freeze="none")
     checkpoint_method: Literal["uniform", "block"] = flag(
         "uniform", "uniform: every run of N layers as one; block: only the first N layers",
         activation_checkpointing="full")
@@ -222,6 +259,8 @@ class Step(Compute):
     lr: float = flag(3e-3, "peak learning rate; never rescaled silently", NOT_NEGATIVE)
     min_lr: float = flag(1e-5, "learning rate at the end of the cosine", NOT_NEGATIVE)
     warmup_steps: int = flag(10_000, "steps of linear warm-up", NOT_NEGATIVE)
+    decay_steps: int | None = flag(None, "length of the cosine, which ends the run; before it the "
+                                   "rate is constant (default: all steps after warm-up)", POSITIVE)
     weight_decay: float = flag(0.3, "on matrices only; adamw: decoupled, w -= lr * decay * w; "
                                "sgd: added to the gradient", NOT_NEGATIVE)
     adam_beta1: float = flag(0.9, "AdamW beta 1", BELOW_ONE, optimizer=("adamw", "lamb"))
@@ -229,6 +268,14 @@ class Step(Compute):
     adam_eps: float = flag(1e-8, "AdamW epsilon", POSITIVE, optimizer=("adamw", "lamb"))
     momentum: float = flag(0.9, "SGD momentum", BELOW_ONE, optimizer="sgd")
     clip_grad: float = flag(1.0, "largest global gradient norm; 0: no clipping", NOT_NEGATIVE)
+    layer_decay: float = flag(1.0, "lr of each block as a share of the next one's, for fine-tuning "
+                              "(MAE 0.65 to 0.75)", SHARE, freeze="none",
+                              optimizer=("adamw", "sgd"))
+    freeze: Literal["none", "backbone"] = flag(
+        "none", "backbone: train the head alone, without dropout (a linear probe)")
+    ema_decay: float = flag(
+        0.0, "decay, per step, of an average of the weights, which validation scores; 0: none "
+        "(torchvision's d of every 32 steps is d^(1/32))", BELOW_ONE)
     # loss
     loss: Literal["ce", "bce"] = flag("ce", "ce: softmax cross-entropy; bce: one binary loss a "
                                       "class, both classes of a mixed image count as 1 (DeiT-III); "
@@ -262,6 +309,11 @@ class Step(Compute):
             raise ValueError(f"--loss bce makes a target of every class with a share, so with "
                              f"--label-smoothing {self.label_smoothing} of all; it must be 0")
 
+    @property
+    def passes(self) -> int:
+        """A training step's work in forward passes: backward is two, of what is not frozen."""
+        return 1 if self.freeze == "backbone" else 3
+
 
 # ----------------------------------------------------------------------------- one command each
 @dataclass(frozen=True)
@@ -289,6 +341,7 @@ class TrainConfig(Step, Loader):
                           "evaluation is then saved, and OUTPUT/best is the best", NOT_NEGATIVE)
     tensorboard: bool = flag(False, "also write TensorBoard scalars (needs tensorboard)")
     report: bool = flag(False, "at the end write OUTPUT_DIR/report.html, as report.py does")
+    wandb: bool = flag(False, "also log to Weights & Biases (needs wandb)")
     resume: str = flag("auto", "auto: newest complete checkpoint of --output-dir; none; or a path")
     init_from: str | None = flag(
         None, "start from these weights: a checkpoint or output directory of this program, a file "
@@ -296,6 +349,7 @@ class TrainConfig(Step, Loader):
     init_image_size: int | tuple[int, int] | None = flag(
         None, "image size of those weights, where they do not tell and are not square",
         init_from=GIVEN)
+    weights: Literal["ema", "model"] | None = flag(None, WHICH_WEIGHTS, init_from=GIVEN)
     dry_run: bool = flag(False, "print sizes, memory, schedule and legal layouts, then exit")
 
 
@@ -322,6 +376,7 @@ class BenchmarkConfig(Step, Loader):
 class Untold:
     """What a file of weights may not tell; by default all of it is as the weights say."""
 
+    weights: Literal["ema", "model"] | None = flag(None, WHICH_WEIGHTS)
     image_size: int | tuple[int, int] | None = flag(None, "image side in pixels, or HEIGHT,WIDTH")
     init_image_size: int | tuple[int, int] | None = flag(
         None, "image size of the weights, where they do not tell and are not square")
@@ -423,6 +478,13 @@ def parse(cls, argv: list[str] | None = None) -> tuple:
     values |= {**given, "recipe": recipe, "model": model}
     config, vit = (replace(old, **{f.name: values[f.name] for f in fields(old) if f.name in values})
                    for old in (cls(), MODELS[model]))
+    if config.freeze == "backbone":
+        off = dict(hidden_dropout=0.0, attention_dropout=0.0, drop_path_rate=0.0,
+                   drop_patch_rate=0.0)
+        for name in off.keys() & given.keys():
+            raise ValueError(f"{flag_name(name)} has no effect with --freeze backbone; leave one "
+                             "of them out")
+        vit = replace(vit, **off)
     check_only(config, given)
     check_only(vit, given)
     return config, vit, given
@@ -431,6 +493,12 @@ def parse(cls, argv: list[str] | None = None) -> tuple:
 # ----------------------------------------------------------------------------- small helpers
 def divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
+
+
+def kept_images(images: int, rate: float) -> int:
+    """How many of a rank's images a block half computes by --drop-path-mode batch. The rate is
+    rounded to sixteenths, so that the blocks of a model have few shapes, each a compiled graph."""
+    return max(images * (16 - round(16 * rate)) // 16, 1)
 
 
 def stable_seed(*parts) -> int:

@@ -257,7 +257,7 @@ def open_model(config: EvalConfig, given: dict, grid: Grid, device: torch.device
     """(run, model, images, their loader, the names of its classes) of --checkpoint and --data or
     --predict. Raises ValueError for what cannot be used."""
     import weights
-    source = weights.read_weights(config.checkpoint, config.init_image_size)
+    source = weights.read_weights(config.checkpoint, config.init_image_size, config.weights)
     told = ("num_attention_heads", "layernorm_eps", "gelu_approximate", "image_size", "mean",
             "std", "crop_ratio", "precision")
     vit, facts = weights.whole_model(source, config.checkpoint,

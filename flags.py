@@ -22,13 +22,14 @@ PROBABILITY = "be in [0, 1]", lambda x: 0 <= x <= 1
 # What another flag must be, likewise, where it is not one of some values.
 GIVEN = "", lambda x: x is not None
 FOLDER = " DIR", lambda x: x not in (None, "shapes")
+ABOVE_ZERO = " above 0", lambda x: x > 0
 
 
 def flag(default, help: str, must=None, **only):
     """A dataclass field that is also a command-line flag; `help` is its line in --help.
 
     must: one of the pairs above. only: the flag acts only where another one has this value, or one
-    of these, or is GIVEN, or a FOLDER; given elsewhere it is an error.
+    of these, or is GIVEN, a FOLDER or ABOVE_ZERO; given elsewhere it is an error.
     """
     return field(default=default, metadata={"help": help, "must": must, "only": only})
 
@@ -77,7 +78,7 @@ def check_only(config, given: dict) -> None:
     """Raises ValueError for a flag that was given and would have no effect."""
     for f in fields(config):
         for other, legal in f.metadata.get("only", {}).items() if f.name in given else ():
-            if legal not in (GIVEN, FOLDER):
+            if legal not in (GIVEN, FOLDER, ABOVE_ZERO):
                 values = legal if isinstance(legal, tuple) else (legal,)
                 legal = " " + " or ".join(values), values.__contains__
             if not legal[1](getattr(config, other)):

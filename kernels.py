@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configs import ViTConfig
+from configs import ViTConfig, kept_images
 from model import KEPT, Attention, Block, LastBlock, ViT
 from parallel import ColumnParallelLinear, RowParallelLinear
 
@@ -48,8 +48,8 @@ def apply(model: ViT, *, attention: str | None = None, fp8: bool = False,
         block.__class__ = FusedLastBlock if isinstance(block, LastBlock) else FusedBlock
         # A buffer, not a float: blocks that differ in it share one compiled graph.
         keep = torch.tensor(1 - block.drop_path.rate, device=block.norm1.weight.device)
-        block.register_buffer("keep", keep if model.config.drop_path_rate else None,
-                              persistent=False)
+        by_image = model.config.drop_path_rate and model.config.drop_path_mode == "image"
+        block.register_buffer("keep", keep if by_image else None, persistent=False)
     if fused:
         model.__class__ = FusedViT
 
@@ -65,6 +65,8 @@ def compile(model: ViT, **options) -> None:
     """
     import torch._inductor.config as inductor
     from torch._inductor.lowering import add_needs_realized_inputs
+    # A graph for each number of images that blocks compute (--drop-path-mode batch), and eval's.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # So that the compiler writes x where it makes it, in the pass that also finds its largest
     # element: g/14 at 128 from 321 to 346 images/s.
     add_needs_realized_inputs(torch.ops.vit.cast_both.default)
@@ -110,19 +112,47 @@ class FusedBlock(Block):
         x, y, seed = stream
         seeds = [seed := seed + GOLDEN_RATIO for _ in range(4)]
         x = x + self.dropped(y, seeds[0])
-        y = self.dropped(self.path(self.ls1(self.attn(self.norm1(x))), seeds[1]), seeds[2])
-        x = x[:, :self.tokens] + y
-        return x, self.path(self.ls2(self.mlp(self.norm2(x))), seeds[3]), seed
+        y = self.path(lambda x: self.ls1(self.attn(self.norm1(x))), x, seeds[1])
+        x = x[:, :self.tokens] + self.dropped(y, seeds[2])
+        y = self.path(lambda x: self.ls2(self.mlp(self.norm2(x))), x, seeds[3])
+        return x, y, seed
 
     def dropped(self, y, seed):
         return dropout(y, self.drop.rate, seed) if self.training and self.drop.rate else y
 
-    def path(self, y, seed):
-        """Drop path: whole images by the hash of (seed, image)."""
-        if self.keep is None or not self.training:
-            return y
-        kept = hashed(y.shape[0], seed) * 2**-32 + 0.5 < self.keep
+    def path(self, branch, x, seed):
+        """branch(x) with drop path: whole images by the hash of (seed, image)."""
+        b, by_batch = x.shape[0], self.drop_path.mode == "batch"
+        count = kept_images(b, self.drop_path.rate) if by_batch else b
+        if not self.training or (count == b if by_batch else self.keep is None):
+            return branch(x)
+        if by_batch:
+            order = hashed(b, seed).argsort()
+            kept, place = order[:count], order.argsort()
+            return Take.apply(branch(Take.apply(x, kept, place)), place, kept) * (b / count)
+        y = branch(x)
+        kept = hashed(b, seed) * 2**-32 + 0.5 < self.keep
         return y * kept.view(-1, 1, 1) / self.keep.to(y.dtype)
+
+
+class Take(torch.autograd.Function):
+    """x [n, S, D] -> its images `index` [m], zeros where that is n or more: [m, S, D]. back [n]:
+    which image of the result each of x is. Gathered both ways, not added by index, so that it fuses
+    with what is before and behind it."""
+
+    @staticmethod
+    def forward(ctx, x, index, back):
+        ctx.save_for_backward(back)
+        return take(x, index)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return take(dy, *ctx.saved_tensors), None, None
+
+
+def take(x, index):
+    there = (index < len(x)).view(-1, 1, 1)
+    return torch.where(there, x[index.clamp(max=len(x) - 1)], 0.0)
 
 
 class FusedLastBlock(FusedBlock):

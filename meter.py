@@ -1,4 +1,4 @@
-"""What a run tells: printed lines, the progress bar, metrics.jsonl, TensorBoard, and the meter.
+"""What a run tells: printed lines, the bar, metrics.jsonl, TensorBoard, W&B, and the meter.
 
 The meter reads the result of a step one step late, so that the host never stops the device.
 """
@@ -23,10 +23,26 @@ MAX_BAD_STEPS = 3  # steps in a row with a non-finite gradient before the run st
 
 
 class Log:
-    """Rank 0's output: tqdm, printed lines, metrics.jsonl and, if asked for, TensorBoard."""
+    """Rank 0's output: tqdm, printed lines, metrics.jsonl and, if asked for, TensorBoard, W&B."""
 
     def __init__(self, grid: Grid):
         self.main, self.bar, self.file, self.board = grid.world.rank == 0, None, None, None
+        self.wandb = None
+
+    def join_wandb(self, output: Path, settings: dict) -> None:
+        """A run of Weights & Biases, or the one whose id is in OUTPUT/wandb_id, which has the lines
+        of steps not saved already and ignores them when they come again. Raises ValueError."""
+        if not self.main:
+            return
+        file = output / "wandb_id"
+        try:
+            import wandb
+            self.wandb = wandb.init(id=file.read_text() if file.exists() else None, resume="allow",
+                                    dir=output, config=settings)
+        except Exception as e:
+            raise ValueError(f"--wandb needs `pip install wandb`, and `wandb login` or "
+                             f"WANDB_MODE=offline: {e}") from e
+        file.write_text(self.wandb.id)
 
     def open(self, output: Path, start_step: int, total_steps: int, tensorboard: bool,
              scored: bool = True) -> None:
@@ -68,6 +84,9 @@ class Log:
             for key, value in values.items() if self.board else ():
                 if key != "step" and value is not None:
                     self.board.add_scalar(key, value, values["step"])
+            if self.wandb:
+                self.wandb.log({k: v for k, v in values.items() if v is not None},
+                               step=values["step"])
 
     def advance(self) -> None:
         if self.bar is not None:
@@ -81,6 +100,8 @@ class Log:
         for output in (self.bar, self.file, self.board):
             if output is not None:
                 output.close()
+        if self.wandb:
+            self.wandb.finish()
         self.bar = None
 
 
@@ -192,7 +213,7 @@ class Meter:
         """The log line of the interval that ends with `step`."""
         run, config = self.run, self.run.config
         rate = self.steps * config.global_batch_size / self.seconds
-        flops = rate * 3 * run.vit.flops_per_image / run.grid.world.size
+        flops = rate * config.passes * run.vit.train_flops_per_image / run.grid.world.size
         mfu = flops / run.peak if run.peak else None
         values = dict(
             step=step, epoch=round(run.images_seen(step) / len(self.unreadable.source), 4),

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from configs import ViTConfig, stable_seed
+from configs import ViTConfig, kept_images, stable_seed
 from parallel import Axis, ColumnParallelLinear, Grid, RowParallelLinear, full_shape, shard
 
 
@@ -116,17 +116,25 @@ class Dropout(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops a block half for whole images (arXiv:1603.09382)."""
+    """Stochastic depth (arXiv:1603.09382): a block half, branch(x), dropped for whole images and
+    scaled for the others, so that its mean stays. By mode `image` each is dropped at the rate; by
+    `batch` a fixed number of random ones is, and those are not computed (arXiv:2304.07193)."""
 
-    def __init__(self, rate: float):
+    def __init__(self, rate: float, mode: str = "image"):
         super().__init__()
-        self.rate = rate
+        self.rate, self.mode = rate, mode
 
-    def forward(self, x):                                                      # [b, S, D]
+    def forward(self, branch, x):                                              # x [b, S, D]
         if not self.training or not self.rate:
-            return x
-        kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.rate
-        return x * kept / (1 - self.rate)
+            return branch(x)
+        if self.mode == "image":
+            y = branch(x)
+            kept = torch.rand(y.shape[0], 1, 1, device=y.device) >= self.rate
+            return y * kept / (1 - self.rate)
+        b, count = x.shape[0], kept_images(x.shape[0], self.rate)
+        kept = torch.rand(b, device=x.device).argsort()[:count]
+        y = branch(x[kept]) * (b / count)                                      # [count, ., D]
+        return y.new_zeros(b, *y.shape[1:]).index_copy(0, kept, y)
 
 
 class LayerScale(nn.Module):
@@ -153,11 +161,12 @@ class Block(nn.Module):
         self.mlp = Mlp(config, tp)
         self.ls1, self.ls2 = (LayerScale(config.hidden_size) if config.layerscale else
                               nn.Identity() for _ in range(2))
-        self.drop, self.drop_path = Dropout(config.hidden_dropout), DropPath(drop_path)
+        self.drop = Dropout(config.hidden_dropout)
+        self.drop_path = DropPath(drop_path, config.drop_path_mode)
 
     def forward(self, x):
-        x = x + self.drop(self.drop_path(self.ls1(self.attn(self.norm1(x)))))
-        x = x + self.drop(self.drop_path(self.ls2(self.mlp(self.norm2(x)))))
+        x = x + self.drop(self.drop_path(lambda x: self.ls1(self.attn(self.norm1(x))), x))
+        x = x + self.drop(self.drop_path(lambda x: self.ls2(self.mlp(self.norm2(x))), x))
         return x
 
 
@@ -167,9 +176,9 @@ class LastBlock(Block):
     attention = LastAttention
 
     def forward(self, x):
-        x, y = x[:, :1], self.norm1(x)                                         # token 0, all tokens
-        x = x + self.drop(self.drop_path(self.ls1(self.attn(y))))
-        x = x + self.drop(self.drop_path(self.ls2(self.mlp(self.norm2(x)))))
+        y = self.drop_path(lambda x: self.ls1(self.attn(self.norm1(x))), x)    # of all tokens
+        x = x[:, :1] + self.drop(y)                                            # token 0
+        x = x + self.drop(self.drop_path(lambda x: self.ls2(self.mlp(self.norm2(x))), x))
         return x
 
 
@@ -194,7 +203,7 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig, grid: Grid = Grid(), seed: int | None = 0):
         super().__init__()
         self.config, self.grid = config, grid
-        layers, d = config.num_layers, config.hidden_size
+        d = config.hidden_size
         norm = partial(nn.LayerNorm, d, eps=config.layernorm_eps)
         self.cls_token = (nn.Parameter(torch.empty(1, config.num_class_tokens, d))
                           if config.num_class_tokens else None)
@@ -202,7 +211,7 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.norm_pre = norm() if config.pre_norm else nn.Identity()
         self.drop = Dropout(config.hidden_dropout)
-        rates = [config.drop_path_rate * i / max(layers - 1, 1) for i in range(layers)]
+        rates = config.drop_path_rates
         last = LastBlock if config.pool == "token" else Block
         self.blocks = nn.Sequential(*(Block(config, grid.tp, rate) for rate in rates[:-1]),
                                     last(config, grid.tp, rates[-1]))
@@ -222,7 +231,15 @@ class ViT(nn.Module):
         if self.cls_token is not None:
             tokens = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
             patches = torch.cat([tokens, patches], dim=1)
-        return self.norm_pre(patches + self.pos_embed)                         # [B, S, D]
+        x = self.norm_pre(patches + self.pos_embed)                            # [B, S, D]
+        return self.drop_patches(x) if self.training and self.config.drop_patch_rate else x
+
+    def drop_patches(self, x):
+        """The class tokens and, drawn for each image, some of its patches (arXiv:2208.07220)."""
+        first, drawn = self.config.num_class_tokens, torch.rand(x.shape[:2], device=x.device)
+        drawn[:, :first] = torch.arange(-first, 0, device=x.device)            # stay, in order
+        kept = drawn.argsort(1)[:, :self.config.train_seq_length]
+        return x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))        # [B, fewer, D]
 
     def output(self, x):                                    # [B, 1, D] token 0, or all, [B, S, D]
         first = self.config.num_class_tokens
@@ -256,6 +273,12 @@ class ViT(nn.Module):
             else:
                 full.normal_(0.0, 0.02, generator=generator)
             param.copy_(shard(full, param, self.grid.tp))
+
+    def freeze(self) -> None:
+        """--freeze backbone, a linear probe: only the head gets gradients, so that autograd keeps
+        nothing of the rest (which is to have no dropout)."""
+        for name, param in self.named_parameters():
+            param.requires_grad_(name.startswith(("pre_logits.", "head.")))
 
     def units(self) -> list[tuple[nn.Module, dict[str, nn.Parameter]]]:
         """What the weights are gathered and reduced by, in the order of the forward pass: a module

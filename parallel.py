@@ -22,6 +22,7 @@ Letters: b images of this rank (a replica's micro-batch is t*b), S tokens, D hid
 dimension, t = tp size, N = size of the group that shares a bucket; `_local` and `/t` mark shards.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -292,14 +293,16 @@ class Bucket:
         weight  [n]    flat weights, in the model's dtype; every Parameter is a view of it
         grad    [n]    fp32 gradients, summed over micro-batches (Megatron's main_grad)
         master  [n/N]  fp32 weights of this rank's slice; in fp32 a view of `weight` itself
-        state   [n/N]  each: the optimizer's moments of this rank's slice
+        state   [n/N]  each: the optimizer's moments of this rank's slice, and the weights' average
 
-    Weights with decay come first, so this rank's slice is at most two runs of one kind each.
+    Weights with decay come first, so this rank's slice is at most two runs of one kind each. A
+    frozen bucket, of weights without requires_grad, has neither grad nor state.
     """
 
     def __init__(self, params: dict[str, nn.Parameter], axis: Axis):
         order = sorted(params, key=lambda name: not uses_weight_decay(name, params[name]))
         self.params, self.axis, self.offsets, end = {n: params[n] for n in order}, axis, {}, 0
+        self.frozen = not params[order[0]].requires_grad
         self.decay_end = 0
         for name, param in self.params.items():
             self.offsets[name] = end
@@ -323,15 +326,21 @@ class Bucket:
             self.view(full, name).copy_(param.data)
         self.exchange = exchange
         self.weight = full.to(weight_dtype)  # the same tensor in fp32
-        self.grad = exchange.buffer(self, device)
         mine = slice(self.begin, self.end)
         self.master = full[mine] if weight_dtype == torch.float32 else full[mine].clone()
-        self.grad_mine = self.grad[mine]
-        self.grad_views = [self.view(self.grad, name) for name in self.params]
-        self.state = {name: torch.zeros_like(self.master) for name in state_names}
+        self.state = {}
         for name, param in self.params.items():
             param.data = self.view(self.weight, name)
             param.bucket = self
+        if self.frozen:
+            return
+        self.grad = exchange.buffer(self, device)
+        self.grad_mine = self.grad[mine]
+        self.grad_views = [self.view(self.grad, name) for name in self.params]
+        self.state = {name: torch.zeros_like(self.master) for name in state_names}
+        if "ema" in self.state:
+            self.state["ema"].copy_(self.master)
+        for param in self.params.values():
             param.register_post_accumulate_grad_hook(_gradient_is_there)
 
     def view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
@@ -392,15 +401,18 @@ def _gradient_is_there(param: nn.Parameter) -> None:
 def plan_buckets(model: nn.Module, grid: Grid) -> list[list[Bucket]]:
     """The model's weights as buckets, one list per unit in the order of the forward pass.
 
-    Replicated weights reduce over the whole world, tensor-parallel shards over dp. Nothing is
-    allocated, so a model on the meta device gives the memory plan of --dry-run.
+    Replicated weights reduce over the whole world, tensor-parallel shards over dp; frozen ones have
+    buckets of their own. Nothing is allocated, so a model on the meta device gives the memory plan
+    of --dry-run.
     """
     units = []
     for _, named in model.units():
-        split = {n: p for n, p in named.items() if grid.tp.size > 1 and hasattr(p, "tp_split")}
-        whole = {n: p for n, p in named.items() if n not in split}
-        units.append([Bucket(params, axis) for params, axis in
-                      ((split, grid.dp), (whole, grid.world)) if params])
+        kinds = {}
+        for name, param in named.items():
+            whole = grid.tp.size == 1 or not hasattr(param, "tp_split")
+            kinds.setdefault((whole, param.requires_grad), {})[name] = param
+        units.append([Bucket(kinds[whole, trained], grid.world if whole else grid.dp)
+                      for whole, trained in sorted(kinds)])
     return units
 
 
@@ -420,22 +432,32 @@ class ShardedOptimizer:
     Nothing here makes the host wait for the device.
 
     exchange: how gradients are summed over ranks, with the methods of Collectives.
-    Bytes per parameter, N ranks: bf16-O2 2 (weight) + 4 (grad) + 12/N; fp32 and bf16 8 + 8/N. LAMB
-    has 4/N more during its step.
+    layer_decay: unit i of 0 (embedding), blocks, N (norm and head) has lr * layer_decay^(N - i), as
+        MAE's fine-tuning (lr_decay.py) and BEiT's; not with LAMB.
+    ema_decay: d of an average of the masters (Polyak), state "ema": after update t,
+        e = d_t e + (1 - d_t) w,  d_t = min(d, (1 + t) / (10 + t)),
+        which is torch.optim.swa_utils' formula with TensorFlow's start (ExponentialMovingAverage),
+        so that a short run does not average its initial weights. averaged() puts it in the model.
+    Bytes per parameter, N ranks: bf16-O2 2 (weight) + 4 (grad) + 12/N; fp32 and bf16 8 + 8/N; the
+    average 4/N more, LAMB 4/N more during its step. Frozen: bf16-O2 2 + 4/N; fp32 and bf16 4.
     """
 
     def __init__(self, model: nn.Module, grid: Grid, *, optimizer: str = "adamw",
                  weight_dtype: torch.dtype = torch.float32, weight_decay: float = 0.0,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 momentum: float = 0.9, clip_grad: float = 0.0, exchange=None):
-        self.model, self.grid, self.clip_grad = model, grid, clip_grad
+                 momentum: float = 0.9, clip_grad: float = 0.0, layer_decay: float = 1.0,
+                 ema_decay: float = 0.0, exchange=None):
+        self.model, self.grid, self.clip_grad, self.ema_decay = model, grid, clip_grad, ema_decay
         self.weight_decay = weight_decay
         self.exchange = exchange or Collectives()
         self.lamb, adam = optimizer == "lamb", optimizer in ("adamw", "lamb")
-        self.state_names = ("exp_avg", "exp_avg_sq") if adam else (
+        assert not self.lamb or layer_decay == 1
+        moments = ("exp_avg", "exp_avg_sq") if adam else (
             ("momentum_buffer",) if momentum else ())
+        self.state_names = (*moments, "ema") if ema_decay else moments
         units = plan_buckets(model, grid)
         self.buckets = [bucket for unit in units for bucket in unit]
+        self.trained = [bucket for bucket in self.buckets if not bucket.frozen]
         named = sum(len(bucket.params) for bucket in self.buckets)
         assert named == len(list(model.parameters())), "a weight has no unit, or two"
         for (module, _), unit in zip(model.units(), units, strict=True):
@@ -446,20 +468,21 @@ class ShardedOptimizer:
 
         self.device = next(model.parameters()).device
         self.step_count = torch.zeros((), device=self.device)  # updates that were applied
-        groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
-        states = {}
-        for bucket in self.buckets:
-            for run, decay in bucket.runs():
+        groups, states = {}, {}  # groups by (share of the lr, has weight decay)
+        for i, unit in enumerate(reversed(units)):
+            scale = layer_decay ** i
+            for bucket, run, decay in [(b, *run) for b in unit if not b.frozen for run in b.runs()]:
                 part = bucket.master[run]
                 part.grad = bucket.grad_mine[run]
-                states[part] = {name: state[run] for name, state in bucket.state.items()}
-                groups[0 if decay else 1]["params"].append(part)
+                states[part] = {name: bucket.state[name][run] for name in moments}
+                group = dict(params=[], weight_decay=weight_decay * decay, lr_scale=scale)
+                groups.setdefault((scale, decay), group)["params"].append(part)
         if adam:
-            self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+            self.optimizer = torch.optim.AdamW(groups.values(), betas=betas, eps=eps, fused=True)
             for state in states.values():
                 state["step"] = torch.zeros((), device=self.device)
         else:
-            self.optimizer = torch.optim.SGD(groups, momentum=momentum, fused=True)
+            self.optimizer = torch.optim.SGD(groups.values(), momentum=momentum, fused=True)
         # Filled here, not by the first step: torch's SGD would leave a first step that is skipped
         # for found_inf with uninitialised momentum.
         self.optimizer.state.update(states)
@@ -467,7 +490,7 @@ class ShardedOptimizer:
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
         """Backward of one micro-batch; `last` starts the reduction of the summed gradients, and
         step() must come before the next backward."""
-        for bucket in self.buckets:
+        for bucket in self.trained:
             bucket.first, bucket.last = bucket.last, last  # after a step's last one comes a first
         loss.backward()
 
@@ -478,12 +501,12 @@ class ShardedOptimizer:
         self.wait()
         norm = self._global_norm()
         self._update(lr, norm)
-        for bucket in self.buckets:
+        for bucket in self.trained:
             bucket.all_gather_weight()
         return norm
 
     def _global_norm(self) -> torch.Tensor:
-        norms = torch._foreach_norm([bucket.grad_mine for bucket in self.buckets])
+        norms = torch._foreach_norm([bucket.grad_mine for bucket in self.trained])
         square = torch.stack(norms).double().square().sum()
         if self.grid.world.size > 1:
             dist.all_reduce(square)
@@ -495,12 +518,34 @@ class ShardedOptimizer:
         scale = (norm / self.clip_grad).clamp(min=1.0) if self.clip_grad else torch.ones_like(norm)
         self.optimizer.grad_scale = scale
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         if self.lamb:
             self._lamb_step(lr)
         else:
             self.optimizer.step()
-        self.step_count += 1 - self.optimizer.found_inf
+        applied = 1 - self.optimizer.found_inf
+        self.step_count += applied
+        if self.ema_decay:
+            share = (9 / (10 + self.step_count)).clamp(min=1 - self.ema_decay) * applied  # 1 - d_t
+            for bucket in self.trained:
+                bucket.state["ema"].lerp_(bucket.master, share)
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """With the average of the weights in the model, if there is one: masters and average change
+        places, and at the end again. No step inside. Collective."""
+        self._swap_average()
+        yield
+        self._swap_average()
+
+    @torch.no_grad()
+    def _swap_average(self) -> None:
+        self.wait()
+        for bucket in self.trained if self.ema_decay else ():
+            master = bucket.master.clone()
+            bucket.master.copy_(bucket.state["ema"])
+            bucket.state["ema"].copy_(master)
+            bucket.all_gather_weight()
 
     def _lamb_step(self, lr: float) -> None:
         """LAMB (arXiv:1904.00962), as in apex and timm: for a weight w with decay
@@ -532,11 +577,14 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def refresh_masters(self) -> None:
-        """Masters from the model's weights. Runs by itself after model.load_state_dict: otherwise
-        the next step would write the old masters back over them (Megatron-LM#174)."""
+        """Masters, and where their average begins, from the model's weights. Runs by itself after
+        model.load_state_dict: otherwise the next step would write the old masters back over them
+        (Megatron-LM#174)."""
         for bucket in self.buckets:
             bucket.wait()
             bucket.master.copy_(bucket.weight[bucket.begin:bucket.end])
+            if "ema" in bucket.state:
+                bucket.state["ema"].copy_(bucket.master)
 
     def _weights_were_loaded(self, module: nn.Module, incompatible_keys) -> None:
         self.refresh_masters()
@@ -558,7 +606,7 @@ class ShardedOptimizer:
                     yield name, kind, to_host(name, kind, full)
 
     def decay_names(self) -> tuple[list[str], list[str]]:
-        """The weights (with, without) weight decay."""
-        decays = {n: uses_weight_decay(n, p) for b in self.buckets for n, p in b.params.items()}
+        """The trained weights (with, without) weight decay."""
+        decays = {n: uses_weight_decay(n, p) for b in self.trained for n, p in b.params.items()}
         return ([n for n, decay in decays.items() if decay],
                 [n for n, decay in decays.items() if not decay])

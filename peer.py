@@ -256,7 +256,9 @@ class PeerCopies(Collectives):
         buckets = [bucket for unit in plan_buckets(model, grid) for bucket in unit]
         self.memories = {}
         for axis in near:
-            mine = [bucket for bucket in buckets if bucket.axis is axis]
+            mine = [bucket for bucket in buckets if bucket.axis is axis and not bucket.frozen]
+            if not mine:
+                continue
             self.memories[axis] = PeerMemory(sum(b.numel for b in mine), max(
                 b.end - b.begin for b in mine), axis, device, gpus)
 

@@ -32,9 +32,13 @@ def largest_micro_batch(model: str, tp: int, on_gpu: bool) -> int:
 
 def micro_batch_step(config: Compute, vit: ViTConfig) -> int:
     """What divides every legal micro-batch: tp, since each rank owns micro / tp images, in pairs if
-    they are mixed, and with fp8 products what makes the tokens a multiple of 16."""
-    fp8 = 16 // math.gcd(vit.seq_length, 16) if config.fp8 else 1
-    return math.lcm(config.tensor_parallel_size * (2 if mixes(config) else 1), fp8)
+    they are mixed, and with fp8 products what makes the tokens a multiple of 16; where images are
+    left out, in each sixteenth of a rank's images."""
+    tp, fp8 = config.tensor_parallel_size, 16 // math.gcd(vit.train_seq_length, 16)
+    own = tp * (2 if mixes(config) else 1)
+    if not config.fp8:
+        return own
+    return math.lcm(own, tp * 16 * fp8 if min(vit.computed_shares) < 1 else fp8)
 
 
 def mixes(config: Compute) -> bool:
@@ -61,9 +65,10 @@ def check_layout(config: Compute, vit: ViTConfig, world: int, device: str) -> No
                          f"{micro} must be a multiple of 2 x tp {tp}; nearest: "
                          f"{nearest(micro, 2 * tp)}; or leave both out")
     if micro and micro % step:
-        raise ValueError(f"--precision {config.precision} needs a multiple of 16 tokens, and "
-                         f"--micro-batch-size {micro} x {vit.seq_length} tokens is "
-                         f"{micro * vit.seq_length}; nearest: {nearest(micro, step)}")
+        each = " in each sixteenth of a rank's images" if min(vit.computed_shares) < 1 else ""
+        raise ValueError(f"--precision {config.precision} needs a multiple of 16 tokens{each}, and "
+                         f"--micro-batch-size {micro} x {vit.train_seq_length} tokens is "
+                         f"{micro * vit.train_seq_length}; nearest: {nearest(micro, step)}")
     for name in ("hidden_size", "ffn_hidden_size") if config.fp8 else ():
         if getattr(vit, name) % (16 * tp):
             raise ValueError(f"--precision {config.precision} needs {name} {getattr(vit, name)} to "
@@ -82,6 +87,13 @@ def plan_batch(config: Step, vit: ViTConfig, world: int, device: str) -> tuple[i
     Raises ValueError as check_layout does, and naming the nearest legal batches.
     """
     check_layout(config, vit, world, device)
+    if config.fp8 and config.freeze == "backbone":
+        raise ValueError(f"--precision {config.precision} has no effect with --freeze backbone, as "
+                         "the blocks have no backward; legal: fp32, bf16, bf16-O2")
+    if (config.activation_checkpointing == "selective" and vit.attention_dropout
+            and vit.drop_path_mode == "batch"):  # an attention's draw must be its block's first
+        raise ValueError("--activation-checkpointing selective with --drop-path-mode batch: "
+                         f"--attention-dropout must be 0, not {vit.attention_dropout}")
     tp, total, step = config.tensor_parallel_size, config.global_batch_size, micro_batch_step(
         config, vit)
     dp, micro = world // tp, config.micro_batch_size
@@ -142,12 +154,15 @@ def activation_bytes(vit: ViTConfig, config: Step, images: int) -> int:
     where images visit, which is assumed if --tp-comm-overlap allows it, proj's in t parts,
     (6 + t)D + F, and D for LayerScale; of the last block x, y, k and v. Full keeps x and y. Both
     keep what a block or run of blocks keeps by itself while backward is in it. (Compiled; eager
-    selective keeps partial sums of row products as well.)
+    selective keeps partial sums of row products as well.) Of images that drop path leaves out
+    nothing is kept but the inputs, and of a frozen backbone only the head's input.
     """
     d, f, t = vit.hidden_size, vit.ffn_hidden_size, config.tensor_parallel_size
     element = 4 if config.precision == "fp32" else 2
+    if config.freeze == "backbone":
+        return images * d * element
     masks = 2 * d if vit.hidden_dropout else 0
-    tokens = images * vit.seq_length
+    tokens, shares = images * vit.train_seq_length, vit.computed_shares
     scale = element * d if vit.layerscale else 0
     block = tokens * (element * (6 * d + 2 * t * d + 2 * f) + masks + 2 * scale)
     if config.fp8:
@@ -162,15 +177,18 @@ def activation_bytes(vit: ViTConfig, config: Step, images: int) -> int:
     entry = tokens * 2 * element * d
     norms = tokens * element * d * (vit.pre_norm + (vit.pool == "mean" and not vit.fc_norm))
     layers, n = vit.num_layers, config.checkpoint_num_layers
+
+    def kept(first: int) -> int:
+        """Without recomputation, of the blocks from this one on."""
+        return int(sum(shares[first:-1]) * block + shares[-1] * last) if first < layers else 0
     if config.activation_checkpointing == "none":
-        return norms + (layers - 1) * block + last
+        return norms + kept(0)
     if config.activation_checkpointing == "selective":
-        return norms + (layers - 1) * selective + last_selective + block - selective
+        inner = int(sum(shares[:-1]) * (selective - entry))
+        return norms + (layers - 1) * entry + inner + last_selective + block - selective
     if config.checkpoint_method == "uniform":
-        run = n * block if n < layers else (layers - 1) * block + last
-        return norms + math.ceil(layers / n) * entry + run
-    rest = (layers - n - 1) * block + last if n < layers else 0
-    return norms + min(n, layers) * entry + rest + block
+        return norms + math.ceil(layers / n) * entry + (n * block if n < layers else kept(0))
+    return norms + min(n, layers) * entry + kept(n) + block
 
 
 def moments(config: Step) -> int:
@@ -183,12 +201,20 @@ def memory_plan(vit: ViTConfig, config: Step, tp: int, dp: int, micro: int) -> d
     grid = Grid(Axis(0, tp), Axis(0, dp), Axis(0, tp * dp))
     with torch.device("meta"):
         model = ViT(vit, grid)
+    if config.freeze == "backbone":
+        model.freeze()
     buckets = [bucket for unit in plan_buckets(model, grid) for bucket in unit]
+    state = moments(config) + (config.ema_decay > 0)
     return {"weights": sum(_block(b.numel * (2 if config.o2 else 4)) for b in buckets),
-            "gradients": sum(_block(b.numel * 4) for b in buckets),
-            "masters and moments": (moments(config) + config.o2) * sum(
-                _block((b.end - b.begin) * 4) for b in buckets),
+            "gradients": sum(_block(b.numel * 4) for b in buckets if not b.frozen),
+            "masters and moments": sum(_block((b.end - b.begin) * 4) * (
+                config.o2 + (0 if b.frozen else state)) for b in buckets),
             "activations": activation_bytes(vit, config, micro // tp)}
+
+
+def checkpoint_bytes(vit: ViTConfig, config: Step) -> int:
+    """At most: fp32 weights, moments and, if there is one, the weights' average."""
+    return vit.num_params * 4 * (1 + moments(config) + (config.ema_decay > 0))
 
 
 def _block(size: int) -> int:
@@ -214,7 +240,7 @@ def dry_run(config: TrainConfig, vit: ViTConfig, train_set, val_set, total_steps
     print(f"tokens       {vit.seq_length} = {vit.num_class_tokens} class + {h} x {w} patches "
           f"of {vit.patch_size} px")
     print(f"FLOPs        {vit.flops_per_image / 1e9:,.2f} G per image forward, "
-          f"{3 * vit.flops_per_image / 1e9:,.2f} G in a training step")
+          f"{config.passes * vit.train_flops_per_image / 1e9:,.2f} G in a training step")
     print(f"data         {len(train_set):,} training and {len(val_set):,} validation images, "
           f"{len(train_set.classes)} classes")
     print(f"batch        {total} = micro-batch {micro} x dp {dp} x accumulation {accumulation}")
@@ -226,7 +252,7 @@ def dry_run(config: TrainConfig, vit: ViTConfig, train_set, val_set, total_steps
     plan = memory_plan(vit, config, tp, dp, micro)
     parts = " + ".join(f"{name} {size / gib:.2f}" for name, size in plan.items())
     print(f"memory       {sum(plan.values()) / gib:.2f} GiB per rank on {device} = {parts}")
-    saved = vit.num_params * 4 * (1 + moments(config)) / gib
+    saved = checkpoint_bytes(vit, config) / gib
     print(f"checkpoint   {saved:.2f} GiB; to write it beside the training, {saved / (tp * dp):.2f} "
           f"GiB of host memory per rank")
     legal_tp, step = legal_tensor_parallel_sizes(vit), micro_batch_step(config, vit)

@@ -170,7 +170,8 @@ def check_same_model(directory: Path, vit: dict, config: dict, classes: list[str
     """A checkpoint continues only its own model (fields of ViTConfig), on its own classes and
     pixels: ValueError. Returns notes on what may differ."""
     meta = read_meta(directory)
-    free = ("hidden_dropout", "attention_dropout", "drop_path_rate")
+    free = ("hidden_dropout", "attention_dropout", "drop_path_rate", "drop_path_mode",
+            "drop_patch_rate")
     saved = to_plain(ViTConfig()) | meta["vit"]  # a field that came later: its default
     pairs = [(key, saved[key], value) for key, value in vit.items() if key not in free]
     pairs += [(key, meta["config"].get(key), config[key]) for key in ("mean", "std")]
@@ -178,7 +179,11 @@ def check_same_model(directory: Path, vit: dict, config: dict, classes: list[str
     if differ:
         raise ValueError(f"{directory} is a checkpoint of another model: {', '.join(differ)}; give "
                          f"its flags, another --output-dir, or --resume none")
-    data = config["data"]
+    frozen, data = meta["config"].get("freeze", "none"), config["data"]
+    if frozen != config["freeze"]:
+        raise ValueError(f"{directory} is of a run with --freeze {frozen} (this run: "
+                         f"{config['freeze']}); start from it with --init-from in another "
+                         f"--output-dir")
     if meta["classes"] != classes:
         raise ValueError(f"{directory} was trained on other classes ({len(meta['classes'])}: "
                          f"{', '.join(meta['classes'][:3])} ...) than --data {data}")

@@ -221,6 +221,8 @@ def build_model(run: Run, seed: int | None = None, loaded=()) -> tuple[ViT, str]
         model = ViT(run.vit, grid, seed=None)
     if seed is not None:
         model.init_weights(seed, loaded)
+    if training and config.freeze == "backbone":
+        model.freeze()
     kernels = optional("kernels")
     if kernels is None and (fused or config.fp8 or config.attention != "auto"):
         raise ValueError("--compile, --attention and fp8 need kernels.py, which is not here")
@@ -260,7 +262,8 @@ def build_optimizer(run: Run, model: ViT) -> tuple[ShardedOptimizer, str]:
         model, run.grid, optimizer=config.optimizer, weight_decay=config.weight_decay,
         weight_dtype=torch.bfloat16 if config.o2 else torch.float32,
         betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
-        momentum=config.momentum, clip_grad=config.clip_grad, exchange=exchange)
+        momentum=config.momentum, clip_grad=config.clip_grad, layer_decay=config.layer_decay,
+        ema_decay=config.ema_decay, exchange=exchange)
     copies = peer is not None and isinstance(exchange, peer.PeerCopies)
     return optimizer, ", gradients summed by peer copies" if copies else ""
 

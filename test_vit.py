@@ -30,9 +30,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
+import augment
 import benchmark
 import checkpoint
 import data
@@ -341,6 +344,19 @@ def test_learning_rate_is_a_pure_function_of_the_step():
     assert train.learning_rate(0, replace(config, warmup_steps=0), 1) == 1.0
 
 
+def test_the_rate_is_constant_until_the_decay_steps():
+    """Warm-up, lr, and a cosine over the last --decay-steps, the one of a run that begins there; by
+    default over all steps after warm-up."""
+    config = TrainConfig(lr=1.0, min_lr=0.1, warmup_steps=10, decay_steps=30)
+    rates = [train.learning_rate(step, config, 100) for step in range(100)]
+    assert rates[9:71] == [1.0] * 62 and rates[71] < 1
+    alone = replace(config, warmup_steps=0, decay_steps=None)
+    assert rates[70:] == [train.learning_rate(step, alone, 30) for step in range(30)]
+    whole, default = replace(config, decay_steps=90), replace(config, decay_steps=None)
+    assert all(train.learning_rate(step, whole, 100) == train.learning_rate(step, default, 100)
+               for step in range(100))
+
+
 def _plan(world, device="cpu", vit=MODELS["B16"], **options):
     return plan_batch(TrainConfig(precision="bf16", **options), vit, world, device)
 
@@ -384,15 +400,20 @@ def test_tensor_parallel_sizes_divide_the_heads_and_the_mlp():
 
 def test_memory_plan_equals_what_is_allocated():
     """The dry run's weights, gradients and optimizer state are the buckets' bytes exactly, in O2
-    and fp32, of AdamW and SGD."""
-    for config, precision, kind in itertools.product((TINY, OTHER), ("bf16-O2", "fp32"),
-                                                     ("adamw", "sgd")):
-        plan = memory_plan(config, TrainConfig(precision=precision, optimizer=kind), 1, 1, 8)
-        dtype = torch.bfloat16 if precision == "bf16-O2" else torch.float32
-        optimizer = optimizer_of(ViT(config), Grid(), weight_dtype=dtype, optimizer=kind)
+    and fp32, of AdamW and SGD, with an average of the weights and with a frozen backbone."""
+    for precision, kind, ema, freeze, vit in [
+            ("bf16-O2", "adamw", 0.0, "none", TINY), ("bf16-O2", "sgd", 0.9, "none", OTHER),
+            ("bf16-O2", "adamw", 0.9, "backbone", TINY), ("fp32", "adamw", 0.9, "none", OTHER),
+            ("fp32", "sgd", 0.0, "none", TINY), ("fp32", "adamw", 0.0, "backbone", OTHER)]:
+        plan = memory_plan(vit, TrainConfig(precision=precision, optimizer=kind, ema_decay=ema,
+                                            freeze=freeze), 1, 1, 8)
+        dtype, model = torch.bfloat16 if precision == "bf16-O2" else torch.float32, ViT(vit)
+        if freeze == "backbone":
+            model.freeze()
+        optimizer = optimizer_of(model, Grid(), weight_dtype=dtype, optimizer=kind, ema_decay=ema)
         masters = [b.master for b in optimizer.buckets if precision == "bf16-O2"]  # else weights
         assert plan["weights"] == sum(b.weight.nbytes for b in optimizer.buckets)
-        assert plan["gradients"] == sum(b.grad.nbytes for b in optimizer.buckets)
+        assert plan["gradients"] == sum(b.grad.nbytes for b in optimizer.trained)
         assert plan["masters and moments"] == sum(
             t.nbytes for t in (*masters, *(s for b in optimizer.buckets for s in b.state.values())))
 
@@ -463,6 +484,18 @@ BAD_INPUT = [
     (1, ["--precision", "bf16-O2-fp8", "--micro-batch-size", "8"], "is 56; nearest: 16"),
     (1, ["--precision", "bf16-O2-fp8", "--hidden-size", "40"], "be a multiple of 16"),
     (1, ["--precision", "bf16-O2-fp8", "--global-batch-size", "24"], "nearest: 16, 32"),
+    (1, ["--precision", "bf16-O2-fp8", "--drop-path-rate", "0.4", "--drop-path-mode", "batch",
+         "--micro-batch-size", "16"], "in each sixteenth of a rank's images"),
+    (1, ["--precision", "bf16-O2-fp8", "--drop-patch-rate", "0.5", "--micro-batch-size", "8"],
+     "8 x 5 tokens is 40; nearest: 16"),
+    (1, ["--precision", "bf16-O2-fp8", "--freeze", "backbone"], "legal: fp32, bf16, bf16-O2"),
+    (1, ["--freeze", "backbone", "--hidden-dropout", "0.1"], "--hidden-dropout has no effect"),
+    (1, ["--drop-path-rate", "0.4", "--drop-path-mode", "batch", "--attention-dropout", "0.1",
+         "--activation-checkpointing", "selective"], "--attention-dropout must be 0"),
+    (1, ["--freeze", "backbone", "--layer-decay", "0.7"], "it needs --freeze none"),
+    (1, ["--drop-path-mode", "batch"], "it needs --drop-path-rate above 0"),
+    (1, ["--decay-steps", "16"], "--decay-steps 16 must not exceed the 15 steps after warm-up"),
+    (1, ["--weights", "ema"], "it needs --init-from"),
     (1, ["--peer-copies"], "--peer-copies needs several GPUs of one host"),
     (1, ["--tp-comm-overlap"], "--tp-comm-overlap needs --tensor-parallel-size above 1"),
     (2, ["--tp-comm-overlap", "--tensor-parallel-size", "2"], "above 1, GPUs and a --precision"),
@@ -598,7 +631,7 @@ def test_dropout_and_drop_path_act_in_training_only():
         model.eval()
         assert torch.equal(model(images), model(images)), rate
     torch.manual_seed(0)
-    path = model_module.DropPath(0.25)(torch.ones(4000, 2, 3)).flatten(1)
+    path = model_module.DropPath(0.25)(lambda x: x, torch.ones(4000, 2, 3)).flatten(1)
     assert (path == path[:, :1]).all()
     for kept in (path[:, 0], model_module.Dropout(0.25)(torch.ones(4000, 2, 3))):
         assert kept.unique().tolist() == [0, torch.tensor(1 / 0.75)]
@@ -623,6 +656,70 @@ def test_every_dropout_draws_its_own_mask():
     assert len({path.numpy().tobytes() for path in paths}) == len(paths)
 
 
+def test_drop_path_by_batch_computes_a_fixed_number_of_images():
+    """At 0.3, which is 5 of 16: of 8 images the branch sees 5, floor(8 * 11 / 16), others each
+    time, scaled by 8 / 5; each image is kept at the share 5 / 8 within 5 standard deviations. One
+    image, or a rate below 1/32, drops nothing; in eval mode all are computed."""
+    drop, seen, x = model_module.DropPath(0.3, "batch"), [], torch.arange(1.0, 9.0).view(8, 1, 1)
+
+    def branch(x):
+        seen.append(len(x))
+        return x
+    results = torch.stack([drop(branch, x).flatten() / x.flatten() for _ in range(2000)])
+    assert set(seen) == {5} and results.unique().tolist() == [0, torch.tensor(8 / 5)]
+    assert ((results > 0).sum(1) == 5).all() and len(results.unique(dim=0)) == 56  # 8 over 5
+    assert ((results > 0).float().mean(0) - 5 / 8).abs().max() < 5 * (15 / 64 / 2000) ** 0.5
+    assert torch.equal(drop(branch, x[:1]), x[:1])
+    assert torch.equal(model_module.DropPath(0.03, "batch")(branch, x), x)
+    assert torch.equal(drop.eval()(branch, x), x) and seen[-1] == 8
+
+
+def _computes_all(self, branch, x):
+    """DropPath by batch with the draws of DropPath.forward, as a mask over all images."""
+    if not self.training or not self.rate:
+        return branch(x)
+    b = len(x)
+    count = b * (16 - round(16 * self.rate)) // 16
+    mask = torch.zeros(b).index_fill(0, torch.rand(b).argsort()[:count], b / count)
+    return branch(x) * mask[:, None, None]
+
+
+def test_drop_path_by_batch_is_the_formula_with_its_masks(monkeypatch):
+    """Gradients of three blocks, which compute 8, 6 and 4 of 8 images, are those of the same masks
+    over all images, the per-sample form, within 1e-6 (products of fewer rows); other masks give
+    other gradients."""
+    config = replace(TINY, num_layers=3, drop_path_rate=0.5, drop_path_mode="batch")
+    assert config.computed_shares == [1, 0.75, 0.5]
+    saved, image = (dropped_gradients(c, ("none",))[0]
+                    for c in (config, replace(config, drop_path_mode="image")))
+    monkeypatch.setattr(model_module.DropPath, "forward", _computes_all)
+    masked = dropped_gradients(config, ("none",))[0]
+    assert max_difference(saved, masked) < 1e-6 < max_difference(saved, image)
+
+
+def test_drop_patch_keeps_the_class_tokens_and_some_patches():
+    """In training, at 0.3: the class tokens in their order, then 5 of 8 patches with their
+    positions (as many as timm's patch_drop_rate), others for each image, each at that share within
+    5 standard deviations; all of them in eval mode. FLOPs are those of the tokens that are left."""
+    from timm.layers import PatchDropout
+    config = replace(TINY, drop_patch_rate=0.3)
+    model = build(config, Grid(), random_weights(config))
+    images = batch_of(config, 1)[0].expand(2000, -1, -1, -1)
+    few, whole = model.embed(images), model.eval().embed(images[:1])[0]
+    assert few.shape[1:] == PatchDropout(0.3, num_prefix_tokens=2)(whole[None]).shape[1:] == (7, 32)
+    assert torch.equal(few[:, :2], whole[:2].expand(2000, -1, -1)) and len(whole) == 10
+    kept = (few[:, 2:, None] == whole[None, None, 2:]).all(-1)                 # [2000, 5, 8]
+    assert (kept.sum(2) == 1).all() and (kept.sum(1) <= 1).all()
+    share = kept.any(1).float().mean(0)
+    assert (share - 5 / 8).abs().max() < 5 * (15 / 64 / 2000) ** 0.5
+    assert config.train_seq_length == 7 and config.seq_length == 10
+    assert config.flops_per_image == TINY.flops_per_image > config.train_flops_per_image
+    with FlopCounterMode(display=False) as counter:
+        model.train()(images[:8])
+    attention = 8 * (4 * 7 * 7 * 32 + 4 * 7 * 32)  # of two blocks; the counter knows no CPU kernel
+    assert counter.get_total_flops() + attention == 8 * config.train_flops_per_image
+
+
 RECOMPUTED = [("selective", "uniform", 1, True), ("selective", "uniform", 1, False),
               ("full", "uniform", 1), ("full", "uniform", 2), ("full", "block", 1)]
 
@@ -643,9 +740,9 @@ def dropped_gradients(config, mode, change=None):
 @pytest.mark.parametrize("mode", RECOMPUTED)
 def test_recomputation_leaves_gradients_bit_equal(mode):
     """It replays dropout, attention dropout and drop path exactly: no tolerance."""
-    for base in TINY, OTHER:
-        config = replace(base, num_layers=3, hidden_dropout=0.2, attention_dropout=0.1,
-                         drop_path_rate=0.3)
+    for base, rates in ((TINY, dict(attention_dropout=0.1)), (OTHER, dict(attention_dropout=0.1)),
+                        (TINY, dict(drop_path_mode="batch"))):
+        config = replace(base, num_layers=3, hidden_dropout=0.2, drop_path_rate=0.3, **rates)
         plain, recomputed = (dropped_gradients(config, m)[0] for m in (("none",), mode))
         assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
@@ -882,6 +979,122 @@ def test_zero1_equals_torch_optim_over_50_steps(kind):
         optimizer.step()
     for rank in range(world):
         assert max_difference(weights[rank], dict(model.state_dict())) < 1e-6
+
+
+def _layer_decay_and_average(tp, folder, dtype):
+    """16 steps of random gradients with layer decay and an average, of which one is skipped, and a
+    save and load in between: (weights, average), and with the average in the model."""
+    grid, options = grid_of(tp), dict(layer_decay=0.5, ema_decay=0.6, weight_dtype=dtype)
+    model = build(TINY, grid, random_weights(TINY))
+    optimizer = optimizer_of(model, grid, **options)
+    for step in range(16):
+        if step == 10:
+            checkpoint.save_checkpoint(Path(folder), 10, optimizer, {})
+            model = ViT(TINY, grid, seed=9)
+            optimizer = optimizer_of(model, grid, **options)
+            checkpoint.load_checkpoint(Path(folder) / "step_00000010", optimizer)
+        optimizer.wait()
+        loss = 0.0
+        for (name, p), shape in zip(model.named_parameters(), SHAPES, strict=True):
+            axis = grid.dp if hasattr(p, "tp_split") else grid.world           # that sums it
+            gradient = _random_gradient(shape, name, step, axis.rank).bfloat16()
+            loss = loss + (p * parallel.shard(gradient, p, grid.tp)).sum()
+        optimizer.backward(loss * float("inf") if step == 6 else loss)
+        optimizer.step(1e-2)
+    full = [{n: t for n, kind, t in optimizer.full_tensors() if kind == wanted}
+            for wanted in ("weight", "ema")]
+    with optimizer.averaged():
+        optimizer.wait()
+        for name, param in model.named_parameters():
+            assert torch.equal(param, parallel.shard(full[1][name], param, grid.tp).to(dtype))
+    optimizer.wait()
+    for name, param in model.named_parameters():
+        assert torch.equal(param, parallel.shard(full[0][name], param, grid.tp).to(dtype))
+    after = [{n: t for n, kind, t in optimizer.full_tensors() if kind == wanted}
+             for wanted in ("weight", "ema")]
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(full, after) for n in a)
+    return full
+
+
+SHAPES = [p.shape for p in ViT(TINY, seed=None).parameters()]
+
+
+def test_layer_decay_is_maes_and_the_average_torchs(tmp_path):
+    """16 steps at (tp, dp) (1,1) and (2,2), one of them skipped and with a resume in the middle,
+    equal torch's AdamW on groups by MAE's formula, lr * d^(N - i) with i of the name, and its
+    AveragedModel with min(0.6, (1 + t) / (10 + t)), which is 0.6 from t = 13 on, within 1e-6, in
+    fp32 and in bf16-O2, where masters and average are fp32. averaged() has the average in the
+    model, rounded, and puts weights and average back to the bit."""
+    def average_of(e, w, t):
+        d = min(0.6, float((1 + t) / (10 + t)))
+        return d * e + (1 - d) * w
+    for tp, dp, dtype in (1, 1, torch.float32), (2, 2, torch.bfloat16):
+        model = ViT(TINY)
+        model.load_state_dict(random_weights(TINY))
+        groups, n_layers = [], TINY.num_layers + 1
+        for name, p in model.named_parameters():
+            i = (0 if name in ("cls_token", "pos_embed") or name.startswith("patch_embed") else
+                 int(name.split(".")[1]) + 1 if name.startswith("blocks") else n_layers)
+            groups.append(dict(params=[p], lr=1e-2 * 0.5 ** (n_layers - i),
+                               weight_decay=0.1 * parallel.uses_weight_decay(name, p)))
+        adam, average = torch.optim.AdamW(groups), AveragedModel(model, avg_fn=average_of)
+        average.update_parameters(model)  # the first is a copy: of the initial weights
+        for step in [step for step in range(16) if step != 6]:
+            for name, p in model.named_parameters():
+                p.grad = sum(_random_gradient(p.shape, name, step, r).bfloat16().float()
+                             for r in range(dp if hasattr(p, "tp_split") else tp * dp))
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            adam.step()
+            average.update_parameters(model)
+        results = run_ranks(tp * dp, _layer_decay_and_average, tp, tmp_path / f"{tp}{dp}", dtype)[0]
+        for weights, ema in results:
+            assert max_difference(weights, dict(model.named_parameters())) < 1e-6
+            assert max_difference(ema, dict(average.module.named_parameters())) < 1e-6
+
+
+def test_the_bottom_of_maes_b16_learns_at_a_270th():
+    """12 blocks at 0.65: MAE's published scales, 0.65^13 = 0.0037 for the embedding, 1 for the
+    head, which multiply whatever the rate is; without the flag there are two groups, as before."""
+    config = replace(TINY, num_layers=12)
+    optimizer = optimizer_of(ViT(config), Grid(), layer_decay=0.65)
+    scales = sorted({group["lr_scale"] for group in optimizer.optimizer.param_groups})
+    assert scales == sorted(0.65 ** i for i in range(14)) and round(scales[0], 4) == 0.0037
+    optimizer._update(1e-6, torch.ones(()))
+    assert {group["lr"] for group in optimizer.optimizer.param_groups} == {1e-6 * s for s in scales}
+    assert len(optimizer_of(ViT(config), Grid()).optimizer.param_groups) == 2
+
+
+def test_a_frozen_backbone_keeps_nothing_and_stays():
+    """Only the head has gradients, moments and an average, its steps are torch's AdamW on the
+    features of eval mode within 1e-6, the rest is bit-equal afterwards and all of it is saved;
+    autograd keeps the head's inputs and no more."""
+    config = replace(TINY, hidden_dropout=0.5, drop_path_rate=0.5, head="linear")
+    model, images, kept = build(config, Grid(), random_weights(config)), batch_of(config, 8)[0], []
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    model.eval().freeze()
+    plain = torch.nn.Linear(32, 5)
+    plain.load_state_dict({n: before[f"head.{n}"] for n in ("weight", "bias")})
+    adam = torch.optim.AdamW([dict(params=[plain.weight], weight_decay=0.1),
+                              dict(params=[plain.bias], weight_decay=0.0)], lr=1e-2)
+    features = model.norm(model.blocks(model.embed(images))[:, 0])
+    optimizer = optimizer_of(model, Grid(), clip_grad=0.0, ema_decay=0.9)
+    for _ in range(3):
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss = model(images).square().sum()
+        optimizer.backward(loss)
+        optimizer.step(1e-2)
+        plain(features).square().sum().backward()
+        adam.step()
+        adam.zero_grad()
+    assert sum(kept) == 3 * (8 * 32 + 8 * 5)  # features and logits
+    kinds = Counter(kind for _, kind, _ in optimizer.full_tensors())
+    assert kinds == {"weight": len(before), "exp_avg": 2, "exp_avg_sq": 2, "ema": 2}
+    for name, x in full_weights(optimizer).items():
+        if name.startswith("head."):
+            assert (x - plain.state_dict()[name[5:]]).abs().max() < 1e-6
+        else:
+            assert torch.equal(x, before[name])
 
 
 def test_weight_decay_is_on_matrices_only():
@@ -1577,6 +1790,104 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
     assert [line["step"] for line in resumed if "resumed" in line] == [5]
     _, _, outputs = run_training(tmp_path / "part", *flags)  # once more, with nothing left to do
     assert "step 25, image 1,200" in outputs[0] and "done: top-1" in outputs[0]
+
+
+def test_validation_and_evaluation_score_the_average_over_a_resume(tmp_path):
+    """With --ema-decay, and half blocks and patches left out by rank: 8 steps of 2 ranks of tp,
+    then 12 of 2 of dp, have the losses of 20 of tp within 1e-5 and end with their weights and
+    average within 1e-4 (Adam turns rounding into shares of a step of 2e-3; 1.2e-5 seen). The
+    validation of the run is that of the average, as read from the checkpoint (--weights ema, the
+    default; model's is another). Without the flag the checkpoint is not taken for this run's."""
+    flags = ["--ema-decay", 0.9, "--layer-decay", 0.8, "--decay-steps", 5, "--save-interval", 8,
+             "--drop-path-rate", 0.4, "--drop-path-mode", "batch", "--drop-patch-rate", 0.5]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    expected = run_training(whole, *flags, "--tensor-parallel-size", 2, world=2)[0]
+    shutil.copytree(whole, part)
+    for later in ("16", "20"):
+        shutil.rmtree(part / "checkpoints" / f"step_000000{later}")
+    _, codes, outputs = run_training(part, *flags, "--ema-decay", 0, check=False)
+    assert codes == [2] and "give the same --optimizer and --ema-decay" in outputs[0]
+    lines = run_training(part, *flags, world=2)[0]
+    assert losses(lines) == pytest.approx(losses(expected), rel=1e-5)
+    scores = {}
+    for which in ("ema", None, "model"):
+        both = [weights_module.read_weights(path, which=which) for path in (whole, part)]
+        assert max_difference(both[0].tensors, both[1].tensors) < 1e-4
+        vit, facts = weights_module.whole_model(both[1], "part")
+        model = ViT(vit).eval()
+        model.load_state_dict(both[1].tensors)
+        val_set = data.open_data("shapes", vit.image_hw)[1]
+        views, labels = zip(*map(val_set.load, range(80)), strict=True)
+        images = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+        images = augment.normalize(images, facts["mean"], facts["std"], torch.float32)
+        scores[which] = F.cross_entropy(model(images), torch.tensor(labels)).item()
+    assert lines[-1]["val_loss"] == pytest.approx(scores["ema"], rel=1e-5)
+    assert scores["ema"] == scores[None] != pytest.approx(scores["model"], rel=1e-4)
+    file = tmp_path / "model.pt"
+    torch.save(both[1].tensors, file)
+    with pytest.raises(ValueError, match="--weights ema is for a checkpoint"):
+        weights_module.read_weights(file, which="ema")
+
+
+def test_a_linear_probe_runs_at_any_layout_and_resumes_as_one(tmp_path):
+    """--freeze backbone: the same losses on one rank and on 2 x 2 within 1e-5, with the recipe's
+    dropout off; its checkpoint holds every weight, the frozen ones as they were, and continues no
+    other kind of run."""
+    flags = ["--freeze", "backbone", "--ema-decay", 0.9, "--max-steps", 4, "--lr", 0.1,
+             "--recipe", "pretrain", "--model", "demo", "--precision", "fp32"]
+    one = run_training(tmp_path / "1", *flags)[0]
+    four = run_training(tmp_path / "4", *flags, "--tensor-parallel-size", 2, world=4)[0]
+    assert losses(four) == pytest.approx(losses(one), rel=1e-5)
+    tensors = weights_module.read_weights(tmp_path / "4").tensors
+    vit = parse(TrainConfig, [*TRAIN_FLAGS, *map(str, flags)])[1]
+    fresh = dict(ViT(replace(vit, num_classes=16)).named_parameters())
+    moved = {name for name in fresh if not torch.equal(fresh[name], tensors[name])}
+    assert moved == {"pre_logits.fc.weight", "pre_logits.fc.bias", "head.weight", "head.bias"}
+    _, codes, outputs = run_training(tmp_path / "1", "--max-steps", 8, check=False)
+    assert codes == [2] and "is of a run with --freeze backbone" in outputs[0]
+
+
+class FakeWandb:
+    """The package's init, of a run that goes on in later processes: what was called is kept in
+    calls, each as JSON."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def init(self, id, resume, dir, config):
+        self.id = id or "abc"
+        self.log(dict(id=id, resume=resume, model=config["model"], classes=config["num_classes"]))
+        return self
+
+    def log(self, values, step=None):
+        with open(self.calls, "a") as file:
+            file.write(json.dumps([values, step]) + "\n")
+
+    def finish(self):
+        self.log("finish")
+
+
+def _train_with_wandb(argv, calls):
+    sys.modules["wandb"] = FakeWandb(calls) if calls else None
+    train_main(argv)
+
+
+def test_wandb_gets_each_line_once_and_goes_on_as_the_same_run(tmp_path):
+    """What metrics.jsonl has, at its step, without values that are not there; the id of the first
+    process is the second's. Where the package is missing, what to install."""
+    argv = [*TRAIN_FLAGS, "--output-dir", str(tmp_path), "--wandb", "--max-steps"]
+    _, codes, outputs = run_ranks(1, _train_with_wandb, [*argv, "2"], None, check=False)
+    assert codes == [2] and "--wandb needs `pip install wandb`" in outputs[0]
+    for steps in "23":
+        run_ranks(2, _train_with_wandb, [*argv, steps], str(tmp_path / "calls"))
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    begun = dict(resume="allow", model="demo", classes=16)
+    assert [call for call in calls if call[1] is None] == [
+        [dict(id=None, **begun), None], ["finish", None],
+        [dict(id="abc", **begun), None], ["finish", None]]
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [call for call in calls if call[1] is not None] == [
+        [{k: v for k, v in line.items() if v is not None}, line["step"]] for line in lines]
 
 
 def test_a_run_resumes_with_another_batch_at_the_next_image(tmp_path):

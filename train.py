@@ -32,7 +32,7 @@ from configs import TrainConfig, ViTConfig, parse, stable_seed, to_plain
 from evaluate import score
 from meter import Meter
 from parallel import Grid, on_rank_0
-from plan import dry_run, moments, plan_batch, run_length
+from plan import checkpoint_bytes, dry_run, plan_batch, run_length
 from recipes import FINE_TUNING, RECIPES
 from runtime import (
     Run,
@@ -54,9 +54,12 @@ def learning_rate(step: float, config: TrainConfig, total_steps: float) -> float
     # 1) linear warm-up from lr / warmup to lr
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    # 2) cosine from lr down to min_lr, which the last step reaches
-    span = max(total_steps - 1 - config.warmup_steps, 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * min((step - config.warmup_steps) / span, 1)))
+    # 2) lr, if --decay-steps leaves a time for it
+    decay = config.decay_steps or total_steps
+    begin = max(total_steps - decay, config.warmup_steps)
+    # 3) cosine from lr down to min_lr, which the last step reaches
+    share = max(step - begin, 0) / max(total_steps - 1 - begin, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(share, 1)))
     return config.min_lr + (config.lr - config.min_lr) * cosine
 
 
@@ -96,7 +99,7 @@ def train(run: Run, model, optimizer, saver: Saver, start: "Start", train_set, v
         run.grid.world.size, run.device)
     model.train()
     if step and result is None and due(config.eval_interval, step, run):  # a signal cut it off
-        with meter.paused():
+        with meter.paused(), optimizer.averaged():
             result = saver.scored(score(run, model, val_loader, val_set, step))
     while step < run.total_steps and not run.stop.poll(saver.written) and not meter.error:
         saver.publish(run.stop.written)
@@ -108,7 +111,7 @@ def train(run: Run, model, optimizer, saver: Saver, start: "Start", train_set, v
         meter.put(step, values, lr)
         evaluates = due(config.eval_interval, step, run)
         if evaluates:
-            with meter.paused():
+            with meter.paused(), optimizer.averaged():
                 result = score(run, model, val_loader, val_set, step)
         if due(config.save_interval, step, run) or evaluates and config.keep_best:
             with meter.paused():
@@ -165,6 +168,10 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
         if config.warmup_epochs is not None:
             config = dataclasses.replace(config, warmup_steps=round(
                 config.warmup_epochs * len(train_set) / config.global_batch_size))
+        decay, after = config.decay_steps, run_length(config, len(train_set))[0]
+        if decay and decay > (after := after - config.warmup_steps):
+            raise ValueError(f"--decay-steps {decay} must not exceed the {after} steps after "
+                             f"warm-up")
         config, vit, start = choose_start(config, vit, given, grid)
         batch = plan_batch(config, vit, world, device_type)  # weights may bring class tokens along
         if config.dry_run:
@@ -175,6 +182,8 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
             return
         check_start(config, vit, grid, start, train_set)
         run = Run(config, vit, grid, device, micro_batch=batch[0], accumulation=batch[2])
+        if config.wandb:
+            run.log.join_wandb(Path(config.output_dir), {**to_plain(vit), **to_plain(config)})
         model, optimizer, kernels = build(run, start, len(train_set))
         saver = Saver(Path(config.output_dir) / "checkpoints", optimizer, say=run.log.print,
                       room=host_memory_room(), keep_last=config.keep_last,
@@ -237,7 +246,7 @@ def choose_start(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid):
             start.news.append(f"--init-from {config.init_from} is not read again: the checkpoint "
                               f"goes on")
         return config, vit, start
-    source = weights.read_weights(config.init_from, config.init_image_size)
+    source = weights.read_weights(config.init_from, config.init_image_size, config.weights)
     config, vit, taken = weights.adopt(source, config, vit, given)
     start.weights, report = weights.fit_weights(source, vit)
     start.news += [f"weights of {config.init_from} ({source.format}): {'; '.join(report)}",
@@ -248,7 +257,7 @@ def choose_start(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid):
 def check_start(config: TrainConfig, vit: ViTConfig, grid: Grid, start: Start, train_set) -> None:
     """Raises ValueError for an output directory or a checkpoint that this run cannot use."""
     output, limit = Path(config.output_dir), os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
-    need = vit.num_params * 4 * (1 + moments(config))
+    need = checkpoint_bytes(vit, config)
     start.news += on_rank_0(grid, lambda: resume.check_room(output, need, float(limit)))
     if not (output / "checkpoints").is_dir():
         raise ValueError(f"--output-dir {output} is not shared by all nodes: rank "
@@ -302,6 +311,11 @@ def describe(run: Run, batch: tuple, optimizer, saver: Saver, train_set, val_set
     log.print(f"weight decay {config.weight_decay} on {len(decay)} matrices, none on "
               f"{len(no_decay)} biases, norms, tokens and positions")
     log.print(saver.note)
+    if config.freeze == "backbone":
+        log.print(f"frozen: all but {', '.join([*decay, *no_decay])}")
+    if config.ema_decay:
+        log.print(f"average of the weights with decay {config.ema_decay}: validation scores it, "
+                  "not the model's own")
     if config.warmup_steps >= run.total_steps:
         log.print(f"note: --warmup-steps {config.warmup_steps:,} is no shorter than the run; the "
                   f"peak --lr {config.lr} is not reached")

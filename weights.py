@@ -153,20 +153,22 @@ def rename(name: str, pairs) -> str:
 
 
 # ----------------------------------------------------------------------------- in
-def read_weights(path: str | Path, image_size: int | tuple[int, int] | None = None) -> Weights:
+def read_weights(path: str | Path, image_size: int | tuple[int, int] | None = None,
+                 which: str | None = None) -> Weights:
     """Reads our checkpoint (or the newest of an output directory), a file of timm, Hugging Face
     (or a hub's folder), torchvision or Google (.npz), which its names tell, or LIBRARY:NAME.
 
     Sizes come from the tensors' shapes, the rest from our files' facts or a hub's config.json, else
     SILENT. image_size (pixels; the file's own) is needed where its patches are no square and it
-    does not tell. Raises ValueError for a file that cannot be read, is no ViT, or is not complete.
+    does not tell. which: of a checkpoint, its average ("ema") or the "model"; None: the average, if
+    it has one. Raises ValueError for a file that cannot be read, is no ViT, or is not complete.
     """
     library, _, name = str(path).partition(":")
     file = None if library in hub.LIBRARIES else find_file(Path(path))
     try:
         if library == "hf":
             file = find_file(hub.folder_of(name))
-        raw, told = open_file(file) if file else hub.load(library, name)
+        raw, told = open_file(file, which) if file else hub.load(library, name)
         fmt, tensors, facts = _interpret(raw, told, image_size)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
@@ -182,7 +184,7 @@ def find_file(path: Path) -> Path:
     return newest_checkpoint(file) if file.is_dir() else file
 
 
-def open_file(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+def open_file(path: Path, which: str | None = None) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors of a file or checkpoint under their own names, and what it tells of TOLD."""
     if not path.exists():
         raise ValueError("there is no such file")
@@ -190,8 +192,13 @@ def open_file(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
             or path.suffix in (".pt", ".pth", ".bin", ".safetensors", ".npz", ".nemo")):
         raise ValueError("its name must end in .pt, .pth, .bin, .safetensors, .npz or .nemo, or it "
                          "must be a checkpoint directory")
+    averaged = path.is_dir() and "ema" in read_meta(path)["state"]
+    if which == "ema" and not averaged or which and not path.is_dir():
+        raise ValueError(f"--weights {which} is for a checkpoint of this program"
+                         + (", with --ema-decay" if which == "ema" else "") + "; leave it out")
     try:
-        raw, told = nemo_file.read(path) if path.suffix == ".nemo" else _load(path)
+        raw, told = (nemo_file.read(path) if path.suffix == ".nemo" else
+                     _load(path, averaged and which != "model"))
     except nemo_file.Refused:
         raise
     except OSError as e:
@@ -211,11 +218,12 @@ def open_file(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return raw, {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k in TOLD}
 
 
-def _load(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+def _load(path: Path, average: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
     """open_file unchecked; fails as the libraries do. Tensors are mapped where possible."""
     if path.is_dir():
         meta, read = read_meta(path), CheckpointTensors(path)
-        return ({name: read(name, "weight") for name in meta["where"]},
+        return ({name: read(name, "ema" if average and "ema" in read.kinds(name) else "weight")
+                 for name in meta["where"]},  # what was frozen has no average
                 {**meta["config"], **meta["vit"], "classes": meta["classes"]})
     open(path, "rb").close()  # of a file that may not be read safetensors says that there is none
     if path.suffix == ".json":  # the index of a file in parts
@@ -611,7 +619,7 @@ def convert(config: ConvertConfig) -> None:
     """Reads SOURCE, writes OUTPUT, says what was done. Raises ValueError for what cannot be."""
     told = asdict(config)
     source, output, fmt, dtype = (told.pop(k) for k in ("source", "output", "format", "dtype"))
-    weights = read_weights(source, told.pop("init_image_size"))
+    weights = read_weights(source, told.pop("init_image_size"), told.pop("weights"))
     vit, facts = whole_model(weights, source, **told)
     fitted, report = fit_weights(weights, vit)
     try:
