@@ -133,10 +133,10 @@ def find_resume(output_dir: str, resume: str) -> tuple[list[Path], list[str]]:
 
 def facts_of(directory: Path) -> dict:
     """The settings that a checkpoint was trained with, by field: what a run that resumes it takes
-    where no flag says otherwise."""
+    where no flag says otherwise; fields that came later have their defaults."""
     meta = read_meta(directory)
     return {key: tuple(value) if isinstance(value, list) else value
-            for key, value in {**meta["config"], **meta["vit"]}.items()}
+            for key, value in {**to_plain(ViTConfig()), **meta["config"], **meta["vit"]}.items()}
 
 
 def set_aside(output: Path, step: int) -> list[str]:
