@@ -30,32 +30,37 @@ RECIPES = {
         min_lr=0.0, warmup_steps=0, weight_decay=0.0, augmentation="crop-flip"),
 
     # torchvision's references/classification: B/16 81.072; L/16 79.662, another recipe, below.
-    # There: an average of the weights, one mix for all images of a batch and rank, fp16.
+    # There: one mix for all images of a batch and rank, an average that begins after the warm-up,
+    # fp16. Its decay of 0.99998, in steps of 32 and scaled by batch and epochs, is 0.99973 a step.
     "torchvision": PLAIN | dict(
         epochs=300.0, warmup_epochs=30.0, min_lr=0.0, label_smoothing=0.11, mixup=0.2, cutmix=1.0,
+        ema_decay=0.99973,
         augmentation="randaugment", rand_augment=(2, 9), repeated_augmentation=3),
 
     # DeiT-III's first stage (README_revenge.md, engine.py): S/16 81.4, B/16 82.82 at 192 px, L/16
     # 84.02; with 20 epochs at 224 px that follow (AdamW) B 83.8, L 84.9, H/14 85.2. There:
-    # LayerScale, one drop path rate in all blocks, where ours grows to it over the depth, fp16.
+    # one drop path rate in all blocks, where ours grows to it over the depth, fp16.
     "deit3": PLAIN | dict(
+        layerscale=1e-4,
         epochs=800.0, warmup_epochs=5.0, global_batch_size=2048, optimizer="lamb",
         weight_decay=0.05, loss="bce", mixup=0.8, cutmix=1.0, augmentation="3-augment",
         repeated_augmentation=3, crop_ratio=1.0),
 
     # "Better plain ViT baselines" (arXiv:2205.01580, vit_s16_i1k.py): S/16 76.5 after 90 epochs, 80
-    # after 300. There: sin-cos positions, the mean of the patches for a class token, 99 % of the
-    # images, decay of 1e-4 that joins after the rate (0.1 in AdamW's terms), and TensorFlow's
-    # RandAugment(2, 10) at its maximum, 30 of torchvision's 30, where solarizing does nothing.
+    # after 300. There: sin-cos positions, 99 % of the images, decay of 1e-4 that joins after the
+    # rate (0.1 in AdamW's terms), and TensorFlow's RandAugment(2, 10) at its maximum, 30 of
+    # torchvision's 30, where solarizing does nothing.
     "simple": dict(
-        model="S16", num_class_tokens=1, hidden_dropout=0.0, epochs=90.0, global_batch_size=1024,
+        model="S16", num_class_tokens=0, pool="mean", hidden_dropout=0.0, epochs=90.0,
+        global_batch_size=1024,
         lr=1e-3, min_lr=0.0, warmup_steps=10_000, weight_decay=0.1, mixup=0.2, crop_scale=0.05,
         augmentation="randaugment", rand_augment=(2, 30), mean=(0.5,) * 3, std=(0.5,) * 3),
 
     # MAE's fine-tuning of its own weights (FINETUNE.md): B/16 83.66, L/16 85.95, H/14 86.93. There:
-    # layer-wise decay of the lr, the mean of the patches, noise in erased boxes, timm's RandAugment
-    # (rand-m9 is 27 of torchvision's 30; with probability 0.5 and noise on the magnitude).
+    # noise in erased boxes, timm's RandAugment (rand-m9 is 27 of torchvision's 30; with probability
+    # 0.5 and noise on the magnitude).
     "mae-finetune": PLAIN | dict(
+        pool="mean", fc_norm=True, layer_decay=0.75,
         epochs=50.0, warmup_epochs=5.0, global_batch_size=1024, lr=4e-3, min_lr=1e-6,
         weight_decay=0.05, clip_grad=0.0, label_smoothing=0.1, mixup=0.8, cutmix=1.0,
         random_erasing=0.25, augmentation="randaugment", rand_augment=(2, 27)),
@@ -64,7 +69,7 @@ RECIPES = {
     # Mixing and erasing slow what has few steps: 58.8 instead of 64.4 after 561 of the digits.
     "small": SMALL | dict(model="Ti16", epochs=300.0, warmup_epochs=10.0, lr=1e-3),
     "small-finetune": SMALL | dict(
-        epochs=50.0, warmup_epochs=5.0, lr=1e-4, min_lr=1e-6, drop_path_rate=0.1),
+        epochs=50.0, warmup_epochs=5.0, lr=1e-4, min_lr=1e-6, drop_path_rate=0.1, layer_decay=0.75),
 }
 # What a recipe changes, beyond that, for one model.
 RECIPES_OF_MODELS = {
@@ -74,14 +79,14 @@ RECIPES_OF_MODELS = {
     "torchvision": {"L16": dict(
         epochs=600.0, warmup_epochs=5.0, global_batch_size=1024, optimizer="sgd", lr=0.5,
         weight_decay=2e-5, label_smoothing=0.1, augmentation="trivialaugment", random_erasing=0.1,
-        precision="fp32", crop_ratio=224 / 242)},
+        precision="fp32", crop_ratio=224 / 242, ema_decay=0.999966)},
     "deit3": {
         "S16": dict(lr=4e-3, drop_path_rate=0.05),
         "B16": dict(image_size=192, drop_path_rate=0.2),
         "L16": dict(image_size=192, drop_path_rate=0.45),
         "H14": dict(image_size=154, drop_path_rate=0.6)},  # its patches cover 154 of 160 px
     "mae-finetune": {
-        "B16": dict(epochs=100.0, lr=2e-3, drop_path_rate=0.1),
+        "B16": dict(epochs=100.0, lr=2e-3, drop_path_rate=0.1, layer_decay=0.65),
         "L16": dict(drop_path_rate=0.2),
         "H14": dict(drop_path_rate=0.3)},
 }

@@ -46,7 +46,7 @@ from configs import MODELS, ConvertConfig, TrainConfig, ViTConfig, parse
 from flags import flag_name
 from model import ViT
 from parallel import shard
-from recipes import FINE_TUNING
+from recipes import FINE_TUNING, RECIPES
 
 # (their name, ours), replaced as text; timm's names are ours. The last group of a format is what
 # other versions of the library write. `.attn.q. .attn.k. .attn.v.` are then fused to `.attn.qkv.`.
@@ -389,7 +389,7 @@ def adopt(weights: Weights, config: TrainConfig, vit: ViTConfig,
     if given.get("pool") not in (None, weights.facts["pool"]):
         names.remove("fc_norm")
     if config.recipe in FINE_TUNING:
-        names.remove("head")
+        names -= {"head", "pool", "fc_norm"} & RECIPES[config.recipe].keys()
     taken = {name: weights.facts[name] for name in sorted(names - given.keys())}
     config, vit = (replace(old, **{f.name: taken[f.name] for f in fields(old) if f.name in taken})
                    for old in (config, vit))
