@@ -430,6 +430,7 @@ class ShardedOptimizer:
                  momentum: float = 0.9, clip_grad: float = 0.0, exchange=None):
         self.model, self.grid, self.clip_grad = model, grid, clip_grad
         self.weight_decay = weight_decay
+        self.after_backward = lambda: None  # called when this rank has computed a step's gradients
         self.exchange = exchange or Collectives()
         self.lamb, adam = optimizer == "lamb", optimizer in ("adamw", "lamb")
         self.state_names = ("exp_avg", "exp_avg_sq") if adam else (
@@ -470,6 +471,8 @@ class ShardedOptimizer:
         for bucket in self.buckets:
             bucket.first, bucket.last = bucket.last, last  # after a step's last one comes a first
         loss.backward()
+        if last:
+            self.after_backward()
 
     @torch.no_grad()
     def step(self, lr: float) -> torch.Tensor:
