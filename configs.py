@@ -207,6 +207,9 @@ class Compute:
         None, "tensor parallelism: collectives under the products (default: where a host has all "
         "GPUs of a tp group; not with fp8)")
     deterministic: bool = flag(False, "bit-reproducible kernels, slower")
+    collective_timeout: float | None = flag(
+        None, "seconds that a rank waits for the others until the job ends; after a tenth of it "
+        "the log says where each rank is (default: torch's, NCCL 600, gloo 1800)", POSITIVE)
 
     @property
     def o2(self) -> bool:

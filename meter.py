@@ -14,11 +14,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Unreadable, unreadable_in
 from parallel import Grid, all_gather_object
 
+SLOW = 1.5         # a rank is named from this ratio to the others' time on
 MAX_BAD_STEPS = 3  # steps in a row with a non-finite gradient before the run stops
 
 
@@ -141,7 +143,8 @@ class Meter:
         self.unreadable.add(set(counts.get("unreadable", ())))
         self.bad_steps = counts.get("bad_steps", 0)
         self.pending, self.bad_images, self.waited = deque(), set(), 0.0
-        self.steps, self.seconds, self.wait = 0, 0.0, 0.0        # of the interval being logged
+        self.steps, self.seconds, self.wait, self.own = 0, 0.0, 0.0, 0.0  # of the interval
+        self.each = self.work = None  # seconds per step of each rank by itself, being summed up
         self.warm, self.all_steps, self.all_seconds = False, 0, 0.0
         self.last = self.mark()
 
@@ -165,7 +168,8 @@ class Meter:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
         begin, self.last = self.last, self.mark()
-        self.pending.append((step, values, lr, begin, self.last, self.waited))
+        self.pending.append((step, values, lr, begin, self.run.backward_end, self.last,
+                             self.waited))
         self.waited = 0.0
         self.read(lag=1)
 
@@ -179,8 +183,9 @@ class Meter:
     def read(self, lag: int) -> None:
         """Reports the steps that are at least `lag` puts old."""
         while len(self.pending) > lag:
-            step, values, lr, begin, end, waited = self.pending.popleft()
+            step, values, lr, begin, computed, end, waited = self.pending.popleft()
             seconds = seconds_between(begin, end)
+            self.own += seconds_between(begin, computed) if computed else 0.0
             self.steps, self.seconds = self.steps + 1, self.seconds + seconds
             # The host waits for images ahead of the device, which may still be busy meanwhile.
             self.wait += min(waited, seconds)
@@ -218,17 +223,35 @@ class Meter:
         values = dict(
             step=step, epoch=round(run.images_seen(step) / len(self.unreadable.source), 4),
             loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm, images_per_second=rate, mfu=mfu,
-            memory_gib=self.memory(), data_wait=self.wait / self.seconds)
+            memory_gib=self.memory(), data_wait=self.wait / self.seconds, **self.slowest())
+        late = values.get("slowest_ratio", 0)
         run.log.metrics(values)
         run.log.print(f"step {step:>6} | loss {loss:.4f} | acc {accuracy:.3f} | lr "
                       f"{lr:.2e} | norm {norm:.3f} | {rate:,.0f} img/s"
                       + (f" | mfu {100 * mfu:.1f} %" if mfu else "")
                       + f" | {values['memory_gib']:.1f} GiB"
-                      + f" | data wait {100 * values['data_wait']:.0f} %")
+                      + f" | data wait {100 * values['data_wait']:.0f} %"
+                      + (f" | rank {values['slowest_rank']} takes {late:.1f} x the others' time"
+                         if late > SLOW else ""))
         if self.warm:  # the first interval compiles and fills caches
             self.all_steps += self.steps
             self.all_seconds += self.seconds
-        self.warm, self.steps, self.seconds, self.wait = True, 0, 0.0, 0.0
+        self.warm, self.steps, self.seconds, self.wait, self.own = True, 0, 0.0, 0.0, 0.0
+
+    def slowest(self) -> dict:
+        """The slowest rank and its time by itself over the others' mean, of the interval before:
+        the times are sent with one line of the log and read with the next, so nobody waits."""
+        world, found = self.run.grid.world, {}
+        if self.work is not None:
+            self.work.wait()
+            longest, rank = self.each.max(0)
+            others = (self.each.sum() - longest) / (world.size - 1)
+            found = dict(slowest_rank=int(rank), slowest_ratio=float(longest / others))
+        if world.size > 1:
+            self.each = torch.zeros(world.size)
+            self.each[world.rank] = self.own / self.steps
+            self.work = dist.all_reduce(self.each, async_op=True)
+        return found
 
     def rate(self) -> float:
         """Images per second of all intervals but the first; 0 if there is no other."""

@@ -449,6 +449,7 @@ class ShardedOptimizer:
                  ema_decay: float = 0.0, exchange=None):
         self.model, self.grid, self.clip_grad, self.ema_decay = model, grid, clip_grad, ema_decay
         self.weight_decay = weight_decay
+        self.after_backward = lambda: None  # called when this rank has computed a step's gradients
         self.exchange = exchange or Collectives()
         self.lamb, adam = optimizer == "lamb", optimizer in ("adamw", "lamb")
         assert not self.lamb or layer_decay == 1
@@ -493,6 +494,8 @@ class ShardedOptimizer:
         for bucket in self.trained:
             bucket.first, bucket.last = bucket.last, last  # after a step's last one comes a first
         loss.backward()
+        if last:
+            self.after_backward()
 
     @torch.no_grad()
     def step(self, lr: float) -> torch.Tensor:

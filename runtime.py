@@ -11,6 +11,7 @@ the loss is computed in fp32. bf16-O2 is NeMo's megatron_amp_O2.
 """
 
 import contextlib
+import faulthandler
 import importlib
 import os
 import re
@@ -19,6 +20,7 @@ import sys
 import time
 import traceback
 from collections import deque
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -27,10 +29,13 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from augment import normalize, pair_rows
 from configs import Compute, Step, ViTConfig, divisors
-from meter import Log
+from meter import Log, mark
 from model import ViT, recompute
 from parallel import Grid, ShardedOptimizer, make_grid
+from watch import Watch
 
+# torch 2.14 has a public name for it
+_set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, NVIDIA's datasheets
 
 
@@ -52,11 +57,19 @@ def start_processes(config: Compute) -> tuple[Grid, torch.device]:
         raise ValueError(f"--tensor-parallel-size {config.tensor_parallel_size} must divide the "
                          f"number of processes {world}; legal here: {divisors(world)}")
     if world == 1:
+        if config.collective_timeout:
+            raise ValueError(f"--collective-timeout {config.collective_timeout} has no effect with "
+                             "one process; leave it out, or start several with torchrun")
         return Grid(), device
     # Both backends: NCCL for the work, gloo for the host's own messages (stop flag, checks).
     backend, device_id = ("cpu:gloo,cuda:nccl", device) if gpus else ("gloo", None)
-    dist.init_process_group(backend, device_id=device_id)
-    return make_grid(config.tensor_parallel_size, device.type), device
+    seconds = config.collective_timeout
+    timeout = timedelta(seconds=seconds) if seconds else None  # None: torch's default
+    dist.init_process_group(backend, device_id=device_id, timeout=timeout)
+    grid = make_grid(config.tensor_parallel_size, device.type)
+    for axis in (grid.tp, grid.dp) if timeout else ():  # made with torch's default
+        _set_timeout(timeout, axis.group)
+    return grid, device
 
 
 def end_processes() -> None:
@@ -85,6 +98,7 @@ def run_program(main) -> None:
     normal exit would wait for the other ranks; torchrun then ends those and repeats the traceback.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
+    faulthandler.enable()  # the stacks where NCCL's watchdog aborts, or a mapped file is cut short
     try:
         record(main)()
     except Exception:
@@ -102,7 +116,8 @@ class StopSignal:
     """
 
     def __init__(self, grid: Grid):
-        self.grid, self.name, self.work, self.agreed, self.written = grid, None, None, False, 0
+        self.grid, self.name, self.work, self.agreed = grid, None, None, False
+        self.written = self.polls = 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
 
@@ -115,6 +130,7 @@ class StopSignal:
         written: the step of the latest checkpoint that this rank has written its part of; the least
         of all ranks is then `self.written`.
         """
+        self.polls += 1
         if self.grid.world.size == 1:
             self.agreed, self.written = self.name is not None, written
             return self.agreed
@@ -141,6 +157,9 @@ class Run:
         self.peak, self.total_steps = peak_flops(device), 0
         self.start_step, self.start_image, self.shift = 0, 0, 0.0
         self.log, self.stop, self.upload = Log(grid), StopSignal(grid), Upload(device)
+        self.backward_end = None  # a mark: from there on a step waits for other ranks
+        if grid.world.size > 1:
+            Watch(self.stop, config.collective_timeout or 600.0)
         self.normalize = normalize
         if uses_compile(config, device):
             self.normalize = torch.compile(normalize, fullgraph=True, dynamic=False)
@@ -155,6 +174,9 @@ class Run:
         dtype = torch.bfloat16 if self.config.o2 else torch.float32
         images = self.normalize(images, self.config.mean, self.config.std, dtype, **draws)
         return images, labels, draws.get("mix")
+
+    def mark_backward(self) -> None:
+        self.backward_end = mark(self.device)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16,
@@ -264,6 +286,8 @@ def build_optimizer(run: Run, model: ViT) -> tuple[ShardedOptimizer, str]:
         betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
         momentum=config.momentum, clip_grad=config.clip_grad, layer_decay=config.layer_decay,
         ema_decay=config.ema_decay, exchange=exchange)
+    if run.grid.world.size > 1:
+        optimizer.after_backward = run.mark_backward
     copies = peer is not None and isinstance(exchange, peer.PeerCopies)
     return optimizer, ", gradients summed by peer copies" if copies else ""
 

@@ -119,8 +119,8 @@ MAY_IMPORT = {
     "flags": "", "recipes": "", "configs": "flags recipes", "parallel": "configs",
     "model": "configs parallel", "augment": "configs", "data": "configs augment",
     "checkpoint": "configs parallel", "resume": "configs checkpoint",
-    "plan": "configs parallel model", "meter": "configs parallel data",
-    "runtime": "configs parallel model augment data meter",
+    "plan": "configs parallel model", "meter": "configs parallel data", "watch": "",
+    "runtime": "configs parallel model augment data meter watch",
     "evaluate": "configs parallel model augment data checkpoint plan meter runtime weights",
     "hub": "flags", "nemo_file": "", "export": "configs model checkpoint",
     "weights": "flags configs recipes parallel model checkpoint hub nemo_file export",
@@ -1684,6 +1684,7 @@ def test_a_fresh_run_trains_evaluates_and_reports(tmp_path):
     assert [line["step"] for line in steps] == list(range(1, 21))
     assert set(steps[0]) == {"step", "epoch", "loss", "accuracy", "lr", "grad_norm",
                              "images_per_second", "mfu", "memory_gib", "data_wait"}
+    assert all(set(s) - set(steps[0]) == {"slowest_rank", "slowest_ratio"} for s in steps[1:])
     assert steps[4]["epoch"] == 5 * 32 / 8000 and all(0 <= s["accuracy"] <= 1 for s in steps)
     scores = [line for line in lines if "val_top1" in line]
     assert [line["step"] for line in scores] == [10, 20] and scores[0]["val_count"] == 80

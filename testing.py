@@ -67,19 +67,26 @@ def _rank_main(rank, world, folder, port, function, args):
         os._exit(1)
 
 
+def start_ranks(world, folder, function, *args):
+    """`world` started processes with torchrun's environment, which call function(*args) and leave
+    output_RANK and result_RANK in the folder."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = [CONTEXT.Process(target=_rank_main, args=(r, world, folder, port, function, args))
+             for r in range(world)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
 def run_ranks(world, function, *args, check=True, timeout=120):
     """function(*args) on `world` processes with torchrun's environment.
 
     Returns (results, exit codes, outputs) by rank; with check, fails the test if a rank failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        ranks = [CONTEXT.Process(target=_rank_main, args=(r, world, folder, port, function, args))
-                 for r in range(world)]
-        for process in ranks:
-            process.start()
+        ranks = start_ranks(world, folder, function, *args)
         deadline = time.monotonic() + timeout
         for process in ranks:
             process.join(max(deadline - time.monotonic(), 0.1))
