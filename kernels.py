@@ -155,7 +155,7 @@ def take(x, index):
     return torch.where(there, x[index.clamp(max=len(x) - 1)], 0.0)
 
 
-class FusedLastBlock(FusedBlock):
+class FusedLastBlock(FusedBlock, LastBlock):
     """Its result is [b, 1, D], as LastBlock's."""
     tokens = 1
 

@@ -1082,11 +1082,11 @@ def test_the_benchmarks_steps_are_the_trainers():
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--num-workers", 2], "--num-workers has no effect with --data None; it needs --data"),
-    (["--prefetch-factor", 2], "--prefetch-factor has no effect with --data None"),
-    (["--no-pin-memory"], "--pin-memory has no effect with --data None"),
-    (["--crop-scale", 0.5], "--crop-scale has no effect with --data None"),
-    (["--repeated-augmentation", 2], "--repeated-augmentation has no effect with --data None"),
+    (["--num-workers", 2], "--num-workers has no effect without --data; it needs --data"),
+    (["--prefetch-factor", 2], "--prefetch-factor has no effect without --data"),
+    (["--no-pin-memory"], "--pin-memory has no effect without --data"),
+    (["--crop-scale", 0.5], "--crop-scale has no effect without --data"),
+    (["--repeated-augmentation", 2], "--repeated-augmentation has no effect without --data"),
     (["--checkpoint-num-layers", 2], "it needs --activation-checkpointing full"),
     (["--momentum", 0.5], "it needs --optimizer sgd"),
     (["--steps", 0], "--steps 0 must be positive"),
