@@ -701,12 +701,11 @@ def test_drop_patch_keeps_the_class_tokens_and_some_patches():
     """In training, at 0.3: the class tokens in their order, then 5 of 8 patches with their
     positions (as many as timm's patch_drop_rate), others for each image, each at that share within
     5 standard deviations; all of them in eval mode. FLOPs are those of the tokens that are left."""
-    from timm.layers import PatchDropout
     config = replace(TINY, drop_patch_rate=0.3)
     model = build(config, Grid(), random_weights(config))
     images = batch_of(config, 1)[0].expand(2000, -1, -1, -1)
     few, whole = model.embed(images), model.eval().embed(images[:1])[0]
-    assert few.shape[1:] == PatchDropout(0.3, num_prefix_tokens=2)(whole[None]).shape[1:] == (7, 32)
+    assert few.shape[1:] == (7, 32)
     assert torch.equal(few[:, :2], whole[:2].expand(2000, -1, -1)) and len(whole) == 10
     kept = (few[:, 2:, None] == whole[None, None, 2:]).all(-1)                 # [2000, 5, 8]
     assert (kept.sum(2) == 1).all() and (kept.sum(1) <= 1).all()
@@ -718,6 +717,8 @@ def test_drop_patch_keeps_the_class_tokens_and_some_patches():
         model.train()(images[:8])
     attention = 8 * (4 * 7 * 7 * 32 + 4 * 7 * 32)  # of two blocks; the counter knows no CPU kernel
     assert counter.get_total_flops() + attention == 8 * config.train_flops_per_image
+    theirs = pytest.importorskip("timm.layers").PatchDropout(0.3, num_prefix_tokens=2)
+    assert theirs(whole[None]).shape[1:] == (7, 32)
 
 
 RECOMPUTED = [("selective", "uniform", 1, True), ("selective", "uniform", 1, False),
@@ -955,15 +956,15 @@ def _random_gradient(shape, name, step, rank):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "lamb"])
-def test_zero1_equals_torch_optim_over_50_steps(kind):
-    """50 steps with clipping, decay groups and momentum on 4 ranks, each with its own share of the
+def test_zero1_equals_torch_optim_over_20_steps(kind):
+    """20 steps with clipping, decay groups and momentum on 4 ranks, each with its own share of the
     gradient, equal torch.optim, or timm's Lamb, and clip_grad_norm_ on the summed gradient within
     1e-6. The
     gradients are given, since Adam turns the rounding noise of a gradient near zero into a step of
     full size, and this is a test of the optimizer."""
     given = dict(momentum=0.7) if kind == "sgd" else dict(betas=(0.8, 0.95), eps=1e-7)
     world, options = 4, {"optimizer": kind, **given}
-    weights = run_ranks(world, _random_gradients, 1, 50, options)[0]
+    weights = run_ranks(world, _random_gradients, 1, 20, options)[0]
     model = ViT(TINY)
     model.load_state_dict(random_weights(TINY))
     named = list(model.named_parameters())
@@ -972,7 +973,7 @@ def test_zero1_equals_torch_optim_over_50_steps(kind):
     make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}.get(kind) or partial(
         pytest.importorskip("timm.optim").Lamb, max_grad_norm=None)  # it is clipped below
     optimizer = make(groups, lr=1e-3, **given)
-    for step in range(50):
+    for step in range(20):
         for name, p in named:
             p.grad = sum(_random_gradient(p.shape, name, step, r) for r in range(world))
         assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1) > 0.2, "no clipping"
@@ -1491,10 +1492,10 @@ GOLDEN = {
 
 @pytest.mark.parametrize("source", GOLDEN)
 def test_losses_of_20_steps_are_the_golden_ones_in_every_layout(source, tmp_path):
-    """(tp, dp) in (1,1) (1,2) (1,4) (2,1) (2,2) (4,1), accumulation 1 and 4 (with tp 2, and of the
-    digits one of the two: gloo takes ten milliseconds a collective), through train.py from the
-    images on: within 1e-5 relative of one committed list. Sums in another order differ by 1e-7 a
-    step; 20 Adam steps let that grow by some tens."""
+    """(tp, dp) in (1,1) (1,2) (1,4) (2,1) (2,2) (4,1), accumulation 1 and 4 (with tp 2, and one of
+    the two on four ranks and of the digits: gloo takes ten milliseconds a collective), through
+    train.py from the images on: within 1e-5 relative of one committed list. Sums in another order
+    differ by 1e-7 a step; 20 Adam steps let that grow by some tens."""
     images = "shapes"
     if source == "digits":
         pytest.importorskip("sklearn")
@@ -1505,7 +1506,8 @@ def test_losses_of_20_steps_are_the_golden_ones_in_every_layout(source, tmp_path
                 path.unlink()
     for i, (tp, dp) in enumerate(LAYOUTS):
         accumulations = (1, 4 if tp == 1 else 2)
-        for accumulation in accumulations if source == "shapes" else accumulations[i % 2:][:1]:
+        both = source == "shapes" and tp * dp < 4
+        for accumulation in accumulations if both else accumulations[i % 2:][:1]:
             output = tmp_path / f"{tp}_{dp}_{accumulation}"
             lines, _, _ = run_training(
                 output, "--data", images, "--tensor-parallel-size", tp, "--micro-batch-size",
@@ -1956,8 +1958,7 @@ def test_a_run_resumes_at_any_layout(tmp_path):
         assert losses(lines) == pytest.approx(whole, rel=1e-5)
 
 
-@pytest.mark.parametrize("world, number", [(1, signal.SIGTERM), (2, signal.SIGINT)])
-def test_a_signal_to_any_rank_saves_and_exits_0(world, number, tmp_path):
+def test_a_signal_to_any_rank_saves_and_exits_0(tmp_path, world=2, number=signal.SIGINT):
     """The other ranks stop at the same step; the checkpoint is complete; the resumed run's losses
     equal those of a run that was never stopped, bit by bit."""
     whole, _, _ = run_training(tmp_path / "whole", *RESUME, world=world)
