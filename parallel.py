@@ -558,10 +558,10 @@ class ShardedOptimizer:
 
         and AdamW's step for the others. AdamW gives d: from w = 0 it steps to -lr * m / (...).
         """
-        w, d = ([part for bucket, flat in zip(self.buckets, flats, strict=True)
+        w, d = ([part for bucket, flat in zip(self.trained, flats, strict=True)
                  for part in bucket.decayed_parts(flat)]
-                for flats in ([bucket.master.clone() for bucket in self.buckets],
-                              [bucket.master for bucket in self.buckets]))
+                for flats in ([bucket.master.clone() for bucket in self.trained],
+                              [bucket.master for bucket in self.trained]))
         torch._foreach_zero_(d)
         self.optimizer.step()
         torch._foreach_add_(d, w, alpha=-lr * self.weight_decay)                         # -d

@@ -1098,6 +1098,21 @@ def test_a_frozen_backbone_keeps_nothing_and_stays():
             assert torch.equal(x, before[name])
 
 
+def test_lamb_leaves_what_is_frozen_as_it_is():
+    """No frozen weight changes by a bit, in the model or in what is saved, whatever decays; the
+    head moves."""
+    model, images = build(TINY, Grid(), random_weights(TINY)), batch_of(TINY, 8)[0]
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    model.eval().freeze()
+    optimizer = optimizer_of(model, Grid(), optimizer="lamb", weight_decay=0.5)
+    optimizer.backward(model(images).square().sum())
+    optimizer.step(1e-2)
+    optimizer.wait()
+    for found in (model.state_dict(), full_weights(optimizer)):
+        moved = {name for name, x in found.items() if not torch.equal(x, before[name])}
+        assert moved == {n for n in before if n.startswith(("head.", "pre_logits."))}
+
+
 def test_weight_decay_is_on_matrices_only():
     """The printed list: weights of linear layers and the patch projection, nothing else; with a
     zero gradient these alone shrink, by lr x decay."""

@@ -587,8 +587,8 @@ def test_hugging_faces_names_come_from_its_cache(tmp_path, monkeypatch):
         hub.snapshot_download, cache_dir=tmp_path, local_files_only=True))
     facts = weights.read_weights("hf:some/vit").facts
     assert (facts["num_attention_heads"], facts["layerscale"]) == (4, 1e-5)
-    with pytest.raises(ValueError, match="^hf:some/other: it cannot be downloaded .*; put config.js"
-                                         "on, .*model.safetensors of https://huggingface.co/some/o"):
+    with pytest.raises(ValueError, match="^hf:some/other: it cannot be downloaded .*; put "
+                       "config.json, .*model.safetensors of https://huggingface.co/some/o"):
         weights.read_weights("hf:some/other")
 
 
