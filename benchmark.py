@@ -39,6 +39,7 @@ from runtime import (
     start_processes,
     user_errors,
 )
+from sources import open_data
 from train import learning_rate, train_step
 
 WARM_UP = 5  # steps before any is timed: they compile, and fill caches and the allocator
@@ -185,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         if config.profile:
             on_rank_0(grid, lambda: check_writable(Path(config.profile)))
         if config.data:
-            source, _ = on_rank_0(grid, lambda: data.open_data(config.data, vit.image_hw))
+            source, _ = on_rank_0(grid, lambda: open_data(config.data, vit.image_hw))
             vit = dataclasses.replace(vit, num_classes=len(source.classes))
         run = Run(config, vit, grid, device, micro_batch=micro, accumulation=accumulation)
         model, kernels = build_model(run, config.seed)

@@ -1,4 +1,4 @@
-"""Where images come from: two sources, one order, one random view per image, exact evaluation.
+"""Which images a step sees, and how they look: one order, a random view each, exact evaluation.
 
 Which images form a batch, and how each looks, are functions of the seed and the step alone:
 
@@ -21,26 +21,19 @@ A batch is images uint8 [b, 3, H, W], labels int64 [b], indices int64 [b] and dr
 
 draws is a dict of rows float32 [b, ...], empty but in training: what the worker draws with the
 view's generator and leaves to the device, colour jitter and mixing (`augment.draws`).
-
-`python data.py digits DIR` writes a small folder of real images to train on.
 """
 
-import argparse
 import contextlib
 import functools
-import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
 import threading
-import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from augment import draws, eval_transform, train_transform
@@ -48,335 +41,6 @@ from configs import stable_seed
 
 IGNORE = -100  # the default ignore_index of F.cross_entropy
 PADDING = -1   # index of an image that only fills a batch
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-# Pillow refuses images above twice this many pixels (a "decompression bomb"): here above 2^28,
-# so that a 20,000 x 10,000 panorama loads (its own limit refuses that) and 1 GiB is the most.
-Image.MAX_IMAGE_PIXELS = 1 << 27
-
-
-# ----------------------------------------------------------------------------- one image file
-def decode(file) -> Image.Image:
-    """Reads a path or an open file as an upright 8-bit RGB image: first frame, alpha dropped.
-
-    Alpha is dropped, not composited, as in torchvision and timm. Raises whatever Pillow raises
-    on a file that is no image, is cut short or is too large.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's on damaged EXIF and palette transparency
-        with Image.open(file) as image:
-            image.load()
-            with contextlib.suppress(Exception):  # damaged EXIF makes no image unreadable
-                image.getexif()     # only now, as a TIFF turns itself while it loads
-                image.info.clear()  # or the rest of the EXIF would be encoded anew, which is slow
-                ImageOps.exif_transpose(image, in_place=True)
-            if image.mode[0] in "IF":  # Pillow's own conversion would clip these to white
-                image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode))
-            return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _to_8_bits(grey: np.ndarray, mode: str) -> np.ndarray:
-    """Scales grey [H, W] of 16 or 32 bits, or real, to 0..255 by the white its values fit under."""
-    grey = np.nan_to_num(grey.astype(np.float64), posinf=0, neginf=0)
-    whites = {"I": (2**16 - 1, 2**31 - 1), "F": (1, 255, grey.max())}.get(mode, (2**16 - 1,))
-    white = next(white for white in whites if grey.max() <= white)
-    return (grey * (255 / white)).round().clip(0, 255).astype(np.uint8)
-
-
-# ----------------------------------------------------------------------------- sources of images
-class ImageFolder:
-    """The images of ROOT/SPLIT, made by `scan_folder` or `scan_flat`: a compact index of n paths.
-
-    names    uint8 [total bytes]   every path below ROOT/SPLIT, end to end
-    offsets  int64 [n + 1]         path i is names[offsets[i]:offsets[i + 1]]
-    labels   int32 [n]             the class of image i, a position in `classes`
-
-    Three arrays, because reading a Python list of paths in forked workers touches the reference
-    count of each string and so copies the whole list, page by page, into every worker.
-    """
-
-    def __init__(self, root, split: str, classes: list[str], names: bytes, lengths, labels):
-        """names: the paths end to end; lengths: of each, in bytes."""
-        self.root, self.split, self.classes = os.fspath(root), split, classes
-        self.names = np.frombuffer(names, np.uint8)
-        self.offsets = np.cumsum([0, *lengths], dtype=np.int64)
-        self.labels = np.asarray(labels, np.int32)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def name(self, index: int) -> str:
-        """The path below ROOT: SPLIT/.../FILE."""
-        path = self.names[self.offsets[index]:self.offsets[index + 1]].tobytes()
-        return os.path.join(self.split, os.fsdecode(path))
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """The decoded image and its label; raises what `decode` raises."""
-        return decode(os.path.join(self.root, self.name(index))), int(self.labels[index])
-
-
-def scan_folder(root, split: str) -> ImageFolder:
-    """Lists the images of ROOT/SPLIT/CLASS/**, classes and paths sorted, hidden names left out.
-
-    Raises ValueError, with the layout that is expected, for a missing folder, images outside the
-    class folders, no class folder, and class folders without an image.
-    """
-    folder = os.path.normpath(os.path.join(root, split))
-    expected = f"expected {os.path.join(folder, 'CLASS', 'image.jpg')}"
-    for path in (root, folder):
-        if not os.path.isdir(path):
-            raise ValueError(f"--data: no folder {path}; {expected}, or --data shapes")
-    entries = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
-    classes = [entry for entry in entries if os.path.isdir(os.path.join(folder, entry))]
-    flat = [entry for entry in entries if _is_image(entry) and entry not in classes]
-    if flat:
-        raise ValueError(f"--data: {len(flat)} images such as {flat[0]} lie flat in {folder}, "
-                         f"outside any class folder; {expected}"
-                         + (", or name their classes with --val-labels" if split == "val" else ""))
-    if not classes:
-        raise ValueError(f"--data: {folder} has no class folders; {expected}")
-
-    names, lengths, counts = bytearray(), [], []
-    for label in classes:  # class by class, so that no list of all paths is ever held
-        paths = sorted(_image_paths(folder, label))
-        names += b"".join(paths)
-        lengths += map(len, paths)
-        counts.append(len(paths))
-    empty = [label for label, count in zip(classes, counts) if not count]
-    if empty:
-        which = "class folders without an" if len(empty) < len(classes) else "not a single"
-        raise ValueError(f"--data: {which} image in {folder}: {_first(empty)}; {expected} "
-                         f"({' '.join(EXTENSIONS)})")
-    return ImageFolder(root, split, classes, names, lengths, np.repeat(range(len(classes)), counts))
-
-
-def scan_flat(root, split: str, label_of: dict[str, str] | None = None,
-              classes: list[str] | None = None) -> ImageFolder:
-    """Lists the images of ROOT/SPLIT/**, paths sorted, as `read_labels` classes them. ROOT/SPLIT
-    may also be one image.
-
-    Without label_of every label is 0. Without classes they are those of label_of, numbers in the
-    order of their values. Raises ValueError for a missing or empty folder, and where images, labels
-    and classes do not agree.
-    """
-    folder = os.path.normpath(os.path.join(root, split))
-    if os.path.isfile(folder):
-        root, name = os.path.split(folder)
-        return ImageFolder(root, "", [""], os.fsencode(name), [len(os.fsencode(name))], [0])
-    if not os.path.isdir(folder):
-        raise ValueError(f"no folder {folder}")
-    paths = sorted(_image_paths(folder))
-    if not paths:
-        raise ValueError(f"not a single image below {folder} ({' '.join(EXTENSIONS)})")
-    labels = [0] * len(paths)
-    if label_of is not None:
-        numeric = all(label.isdigit() for label in label_of.values())
-        classes = classes or sorted(set(label_of.values()), key=int if numeric else None)
-        number = {label: i for i, label in enumerate(classes)}
-        stems = [_stem(os.path.basename(os.fsdecode(path))) for path in paths]
-        unknown = [stem for stem, label in label_of.items() if label not in number]
-        for what, odd in (("without a label", set(stems) - set(label_of)),
-                          ("missing", set(label_of) - set(stems)),
-                          ("of a class unknown to the model", unknown)):
-            if odd:
-                raise ValueError(f"--val-labels: {len(odd)} images of {folder} are {what}: "
-                                 f"{_first(sorted(odd))}")
-        labels = [number[label_of[stem]] for stem in stems]
-    return ImageFolder(root, split, classes or [""], b"".join(paths), map(len, paths), labels)
-
-
-def read_labels(path) -> dict[str, str]:
-    """{image name without its ending: class} of lines 'NAME CLASS', or of ImageNet's
-    LOC_val_solution.csv: a header, then ImageId,PredictionString whose first word is the class.
-    Raises ValueError for a file that cannot be read or a line of another form."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip()]
-    except (OSError, ValueError) as e:
-        raise ValueError(f"--val-labels {path} cannot be read: {e}") from e
-    kaggle = bool(lines) and lines[0].startswith("ImageId,")
-    labels = {}
-    for line in lines[kaggle:]:
-        name, *words = line.replace(",", " ", 1).split() if kaggle else line.rsplit(None, 1)
-        if not words:
-            raise ValueError(f"--val-labels {path}: {line!r} is not of the form 'NAME CLASS'")
-        labels[_stem(name)] = words[0]
-    return labels
-
-
-def read_real_labels(path, source) -> list[list[int]]:
-    """For each image of `source` the classes, in ImageNet's order, that ReaL's annotators see in
-    it, or none (arXiv:2006.07159). path: real.json, a list of such lists; ILSVRC2012_val_* of
-    number n has the list n - 1. Raises ValueError for another file, and images of other names."""
-    try:
-        with open(path) as file:
-            lists = json.load(file)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"--real-labels {path} cannot be read: {e}") from e
-    if not isinstance(lists, list) or not all(isinstance(labels, list) for labels in lists):
-        raise ValueError(f"--real-labels {path} is not a list of lists of classes")
-    found = []
-    for name in map(source.name, range(len(source))):
-        number = re.search(r"ILSVRC2012_val_(\d{8})\.", name)
-        if not number or not 1 <= int(number[1]) <= len(lists):
-            raise ValueError(f"--real-labels: {name} is none of the images ILSVRC2012_val_00000001 "
-                             f"to {len(lists):08d} that {path} labels")
-        found.append(lists[int(number[1]) - 1])
-    return found
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(name)[0] if name.lower().endswith(EXTENSIONS) else name
-
-
-def _image_paths(folder: str, below: str = ""):
-    """Yields the images in and under folder/below, as bytes relative to folder, in any order.
-    Raises OSError for what it cannot list: skips nothing but hidden names."""
-    def fail(error):
-        raise error
-    for parent, folders, files in os.walk(os.path.join(folder, below), onerror=fail,
-                                          followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in filter(_is_image, files):
-            yield os.fsencode(os.path.join(parent[len(folder) + 1:], name))
-
-
-def _first(names, most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-SHAPES_TRAIN, SHAPES_VAL = 8_000, 1_000
-COLOURS = {"red": (205, 50, 50), "green": (50, 170, 65),
-           "blue": (55, 85, 205), "yellow": (205, 190, 50)}
-CORNERS = {n: 1j * np.exp(2j * np.pi * (np.arange(n) + 0.5) / n) for n in (3, 4, 32)}  # flat below
-OUTLINES = {"circle": CORNERS[32], "square": CORNERS[4], "triangle": CORNERS[3],
-            "star": np.exp(2j * np.pi * np.arange(10) / 10) * np.tile([-1j, -0.4j], 5)}
-OVERSAMPLING = 4  # outlines are drawn this much larger, then averaged: smooth edges
-
-
-class Shapes:
-    """Coloured shapes on dark grey, drawn on the fly: 16 classes, nothing to download.
-
-    Image `index` is a function of (split, index) alone, and its class is index % 16. Shapes are
-    large and upright and the ground is dark: a ViT must learn what a shift, a turn or a contrast
-    is, and this dataset is to be learnt in minutes.
-    """
-
-    def __init__(self, image_hw: tuple[int, int], split: str):
-        self.image_hw, self.split = image_hw, split
-        self.classes = [f"{colour} {shape}" for colour in COLOURS for shape in OUTLINES]
-
-    def __len__(self):
-        return SHAPES_TRAIN if self.split == "train" else SHAPES_VAL
-
-    def name(self, index: int) -> str:
-        return f"shapes/{self.split}/{index}"
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        (h, w), label = self.image_hw, index % len(self.classes)
-        colour, shape = self.classes[label].split()
-        rng = np.random.default_rng(stable_seed("shapes", self.split, index))
-        size, x, y, turn, shade, *tint = rng.random(8).tolist()
-        radius = min(h, w) * (0.36 + 0.1 * size)
-        centre = complex(w / 2 + (x - 0.5) * (w / 2 - radius), h / 2 + (y - 0.5) * (h / 2 - radius))
-        tilt = np.exp(0.35j * (turn - 0.5))  # up to 10 degrees
-        outline = OVERSAMPLING * (centre + radius * tilt * OUTLINES[shape])
-        mask = Image.new("L", (w * OVERSAMPLING, h * OVERSAMPLING))
-        ImageDraw.Draw(mask).polygon(outline.view(np.float64).tolist(), fill=255)
-        image = Image.new("RGB", (w, h), (int(20 + 60 * shade),) * 3)
-        paint = tuple(int(c + 50 * t - 25) for c, t in zip(COLOURS[colour], tint))
-        image.paste(paint, mask=mask.reduce(OVERSAMPLING))
-        noise = np.frombuffer(rng.bytes(h * w * 3), np.uint8).reshape(h, w, 3) >> 3  # 0..31
-        # every value is in 20..230, so that the noise of -16..15 cannot leave 0..255
-        return Image.fromarray(np.asarray(image) + noise - np.uint8(16)), label
-
-
-def open_data(data: str, image_hw: tuple[int, int], val_labels: str | None = None):
-    """(train, val) sources of --data: 'shapes', or a folder with train/CLASS/* and val/CLASS/*.
-
-    Raises ValueError where `open_val` does, and if the two splits differ in their classes.
-    """
-    if data == "shapes":
-        return Shapes(image_hw, "train"), Shapes(image_hw, "val")
-    if val_labels is None:
-        val = open_val(data, image_hw)  # first, because it is quick: what is wrong shows at once
-        train = scan_folder(data, "train")
-    else:
-        train = scan_folder(data, "train")
-        val = open_val(data, image_hw, val_labels, train.classes)
-    check_same_classes(f"{data}/train", train.classes, f"{data}/val", val.classes)
-    return train, val
-
-
-def open_val(data: str, image_hw: tuple[int, int], val_labels: str | None = None,
-             classes: list[str] | None = None):
-    """The validation source of --data: DATA/val/CLASS/*.
-
-    classes: a model's, in its order (the shapes' are not sorted). Folders of these names, or named
-    by their numbers 0, 1, ... as ImageNet-V2's, get its labels, others stay sorted; and without a
-    folder DATA/val the classes may lie in DATA itself. With val_labels images lie flat in DATA/val,
-    and are of `classes`. Raises ValueError where `scan_folder`, `scan_flat` or `read_labels` does.
-    """
-    if data == "shapes":
-        return Shapes(image_hw, "val")
-    if val_labels is not None:
-        return scan_flat(data, "val", read_labels(val_labels), classes)
-    bare = classes and not os.path.isdir(os.path.join(data, "val"))
-    source = scan_folder(data, "" if bare else "val")
-    for names in (classes, list(map(str, range(len(classes))))) if classes else ():
-        if set(names) == set(source.classes):
-            number = {name: i for i, name in enumerate(names)}
-            numbers = np.array([number[name] for name in source.classes], np.int32)
-            source.classes, source.labels = classes, numbers[source.labels]
-            break
-    return source
-
-
-def check_same_classes(one: str, classes: list[str], other: str, others: list[str]) -> None:
-    """Labels are positions in these lists: ValueError if the lists differ, naming the classes."""
-    if classes != others:
-        only = {one: sorted(set(classes) - set(others)), other: sorted(set(others) - set(classes))}
-        differ = [f"{len(names)} only in {which}: {_first(names)}"
-                  for which, names in only.items() if names]
-        raise ValueError(f"--data: {one} and {other} must have the same classes; "
-                         f"{'; '.join(differ) or 'their order differs'}")
-
-
-class Unreadable:
-    """The distinct images of a source that could not be read, and the limit on their number.
-
-    More than max_share x len(source) end the run; at 0 the first one does. Counting distinct
-    images, not readings, makes the rule independent of batch size, epochs and luck. Each rank sees
-    its own images: the trainer unites the ranks' sets, since a later epoch shows a bad image to
-    another rank and a sum of counts would count it again.
-    """
-
-    def __init__(self, source, max_share: float):
-        self.source, self.max_share, self.indices = source, max_share, set()
-
-    def add(self, indices: set[int]) -> list[str]:
-        """The names of those of `indices` that are new."""
-        new = sorted(indices - self.indices)
-        self.indices.update(new)
-        return [self.source.name(index) for index in new]
-
-    def error(self) -> str | None:
-        """What to say if there are too many, else None."""
-        total, count = len(self.source), len(self.indices)
-        if count <= self.max_share * total:
-            return None
-        names = [self.source.name(index) for index in sorted(self.indices)[:5]]
-        return (f"{count} of {total} training images are unreadable, more than --max-unreadable "
-                f"{self.max_share:g} allows ({int(self.max_share * total)}); first: "
-                f"{', '.join(names)}")
-
-
-def unreadable_in(labels: torch.Tensor, indices: torch.Tensor) -> set[int]:
-    """The unreadable images of a batch: label -100, but not padding. Both int64 [b] on the CPU."""
-    return set(indices[(labels == IGNORE) & (indices != PADDING)].tolist())
 
 
 # ----------------------------------------------------------------------------- order
@@ -551,49 +215,36 @@ def _start_worker(worker_id: int) -> None:
     threading.Thread(target=obey_parent, daemon=True).start()
 
 
-# ----------------------------------------------------------------------------- the digits
-def write_digits(folder, size: int = 32) -> dict[str, int]:
-    """Writes scikit-learn's 1,797 handwritten digits, grey, size x size pixels, for --data folder:
-    FOLDER/train/DIGIT/*.png and, every fifth, FOLDER/val/DIGIT/*.jpg. Returns {split: images}.
+# ----------------------------------------------------------------------------- unreadable images
+class Unreadable:
+    """The distinct images of a source that could not be read, and the limit on their number.
 
-    Raises ValueError without scikit-learn, and for a folder that is in use or cannot be written.
+    More than max_share x len(source) end the run; at 0 the first one does. Counting distinct
+    images, not readings, makes the rule independent of batch size, epochs and luck. Each rank sees
+    its own images: the trainer unites the ranks' sets, since a later epoch shows a bad image to
+    another rank and a sum of counts would count it again.
     """
-    if size < 1:
-        raise ValueError(f"--size {size} must be positive")
-    try:
-        from sklearn.datasets import load_digits  # an optional library, for this function alone
-    except ImportError as e:
-        raise ValueError("the digits come with scikit-learn: pip install scikit-learn") from e
-    digits, counts = load_digits(), {"train": 0, "val": 0}
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if os.listdir(folder):
-            raise ValueError(f"{folder} is not empty: give a new folder")
-        for i, (grey, digit) in enumerate(zip(digits.images, digits.target)):
-            split, ending = ("val", "jpg") if i % 5 == 4 else ("train", "png")
-            image = Image.fromarray((grey * 255 / 16).astype(np.uint8))  # 8 x 8 values of 0..16
-            image = image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB")
-            path = os.path.join(folder, split, str(digit), f"{i:05d}.{ending}")
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            image.save(path, quality=95)
-            counts[split] += 1
-    except OSError as e:
-        raise ValueError(f"{folder} cannot be written: {e}") from e
-    return counts
+
+    def __init__(self, source, max_share: float):
+        self.source, self.max_share, self.indices = source, max_share, set()
+
+    def add(self, indices: set[int]) -> list[str]:
+        """The names of those of `indices` that are new."""
+        new = sorted(indices - self.indices)
+        self.indices.update(new)
+        return [self.source.name(index) for index in new]
+
+    def error(self) -> str | None:
+        """What to say if there are too many, else None."""
+        total, count = len(self.source), len(self.indices)
+        if count <= self.max_share * total:
+            return None
+        names = [self.source.name(index) for index in sorted(self.indices)[:5]]
+        return (f"{count} of {total} training images are unreadable, more than --max-unreadable "
+                f"{self.max_share:g} allows ({int(self.max_share * total)}); first: "
+                f"{', '.join(names)}")
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(prog="data.py", description="Writes images to train on.")
-    parser.add_argument("command", choices=["digits"], help="scikit-learn's handwritten digits")
-    parser.add_argument("folder", metavar="DIR", help="a new folder; then: train.py --data DIR")
-    parser.add_argument("--size", type=int, default=32, help="image side in pixels (default: 32)")
-    args = parser.parse_args(argv)
-    try:
-        counts = write_digits(args.folder, args.size)
-    except ValueError as e:
-        parser.error(str(e))
-    print(", ".join(f"{args.folder}/{split}: {n:,} images" for split, n in counts.items()))
-
-
-if __name__ == "__main__":
-    main()
+def unreadable_in(labels: torch.Tensor, indices: torch.Tensor) -> set[int]:
+    """The unreadable images of a batch: label -100, but not padding. Both int64 [b] on the CPU."""
+    return set(indices[(labels == IGNORE) & (indices != PADDING)].tolist())

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import data
+import sources
 from checkpoint import check_writable, write_atomically
 from configs import EvalConfig, parse
 from parallel import Grid, on_rank_0
@@ -235,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         config, given = parse(EvalConfig, argv)
         grid, device = start_processes(config)
         run, model, images, loader, names = open_model(config, given, grid, device)
-        real = config.real_labels and data.read_real_labels(config.real_labels, images)
+        real = config.real_labels and sources.read_real_labels(config.real_labels, images)
     table = predict(run, model, run.log.progress(loader), len(images))
     if table is None:
         sys.exit(f"stopped by {run.stop.name or 'a signal'}: nothing was written")
@@ -292,14 +293,14 @@ def open_images(config: EvalConfig, vit, classes: tuple[str, ...]):
     """The images to score or to predict; raises ValueError if they are not of the model's classes,
     or where the results cannot be written."""
     if config.predict:
-        images = data.scan_flat(config.predict, "")
+        images = sources.scan_flat(config.predict, "")
         check_writable(Path(config.output_dir))
         return images
-    images = data.open_val(config.data, vit.image_hw, config.val_labels,
-                           list(classes) or list(map(str, range(vit.num_classes))))
+    images = sources.open_val(config.data, vit.image_hw, config.val_labels,
+                              list(classes) or list(map(str, range(vit.num_classes))))
     if classes:
-        data.check_same_classes(f"the model of {config.checkpoint}", list(classes),
-                                config.data, images.classes)
+        sources.check_same_classes(f"the model of {config.checkpoint}", list(classes),
+                                   config.data, images.classes)
     elif len(images.classes) != vit.num_classes:
         raise ValueError(f"--data: {config.data} has {len(images.classes)} classes, "
                          f"--checkpoint {config.checkpoint} has {vit.num_classes}")

@@ -1,4 +1,4 @@
-"""What data.py and augment.py promise, as claims that run: `python -m pytest test_data.py`, on CPU.
+"""What sources.py, data.py and augment.py promise: `python -m pytest test_data.py`, on a CPU.
 
 A test's name is the claim, its docstring the specification, and each tolerance says why it is what
 it is.
@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms import v2
 
 import data
+import sources
 from augment import (
     JITTER,
     centre_view,
@@ -43,7 +44,8 @@ from augment import (
     train_transform,
 )
 from configs import CROPPED, TrainConfig, stable_seed
-from data import IGNORE, PADDING, decode
+from data import IGNORE, PADDING
+from sources import decode
 from testing import Few, generator, make_folder, paint
 
 torch.set_num_threads(1)
@@ -53,7 +55,7 @@ CONFIG = TrainConfig(global_batch_size=12, num_workers=0, seed=5)
 
 def few_shapes(n=25, split="train", image_hw=HW):
     """The first shapes, so that an epoch is short."""
-    return Few(data.Shapes(image_hw, split), n)
+    return Few(sources.Shapes(image_hw, split), n)
 
 
 def train_batches(source, world=1, rank=0, local=12, start_image=0, steps=5, **changes):
@@ -151,7 +153,7 @@ def test_folder_errors_say_what_is_expected(tmp_path):
     """Each wrong layout fails with its own message, which shows the right one."""
     def fails(match, root=tmp_path):
         with pytest.raises(ValueError, match=match) as error:
-            data.open_data(str(root), HW)
+            sources.open_data(str(root), HW)
         assert "CLASS" in str(error.value) or "same classes" in str(error.value)
     fails("no folder .*nowhere", tmp_path / "nowhere")
     fails("no folder .*val")
@@ -182,7 +184,7 @@ def test_folder_index_is_complete_sorted_and_compact(tmp_path):
     (tmp_path / "train/a/notes.txt").write_text("no image")
     (tmp_path / "train/c").symlink_to(tmp_path / "elsewhere/val")
     (tmp_path / "train/a/linked").symlink_to(tmp_path / "elsewhere/train/a")
-    source = pickle.loads(pickle.dumps(data.scan_folder(tmp_path, "train")))
+    source = pickle.loads(pickle.dumps(sources.scan_folder(tmp_path, "train")))
     assert [source.name(i) for i in range(len(source))] == [
         "train/a/1.png", "train/a/linked/1.png", "train/a/sub/deep/x.WebP", "train/a-b/1.png",
         "train/b/1.png", "train/b/2/x.png", "train/b/z.JPEG", "train/c/a/1.png", "train/c/b/1.png"]
@@ -190,7 +192,7 @@ def test_folder_index_is_complete_sorted_and_compact(tmp_path):
     assert source.classes == ["a", "a-b", "b", "c"]
     assert all(isinstance(x, np.ndarray) for x in (source.names, source.offsets, source.labels))
     n = 100_000
-    big = data.ImageFolder("/data", "train", ["a"], bytes(n * 20), [20] * n, [0] * n)
+    big = sources.ImageFolder("/data", "train", ["a"], bytes(n * 20), [20] * n, [0] * n)
     assert len(pickle.dumps(big)) < 4 * 2**20 and big.offsets[-1] == n * 20
 
 
@@ -202,7 +204,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
         os.mkdir("x" * 250)
         os.chdir("x" * 250)
     with pytest.raises(OSError, match="too long"):
-        data.open_data(str(tmp_path), HW)
+        sources.open_data(str(tmp_path), HW)
 
 
 def test_validation_labels_are_numbered_as_in_the_models_classes(tmp_path):
@@ -211,14 +213,14 @@ def test_validation_labels_are_numbered_as_in_the_models_classes(tmp_path):
     paint(tmp_path / "val/b/2.png")
     for classes, labels in ((None, [0, 1, 1, 2]), (["a", "b", "c"], [0, 1, 1, 2]),
                             (["b", "c", "a"], [2, 0, 0, 1]), (["a", "b"], [0, 1, 1, 2])):
-        source = data.open_val(str(tmp_path), HW, classes=classes)
+        source = sources.open_val(str(tmp_path), HW, classes=classes)
         assert [source.load(i)[1] for i in range(4)] == labels
         assert [source.classes[label] for label in labels] == ["a", "b", "b", "c"]
         assert source.name(3) == "val/c/1.png"
     with pytest.raises(ValueError, match="1 only in model: z; 1 only in val: a"):
-        data.check_same_classes("model", ["b", "z"], "val", ["a", "b"])
+        sources.check_same_classes("model", ["b", "z"], "val", ["a", "b"])
     with pytest.raises(ValueError, match="order differs"):
-        data.check_same_classes("model", ["b", "a"], "val", ["a", "b"])
+        sources.check_same_classes("model", ["b", "a"], "val", ["a", "b"])
 
 
 def test_folders_named_by_numbers_are_the_models_classes(tmp_path):
@@ -228,13 +230,13 @@ def test_folders_named_by_numbers_are_the_models_classes(tmp_path):
     for name in names:
         paint(tmp_path / name / "1.jpeg")
     for classes in ([f"n{i:08d}" for i in range(12)], names, names[::-1], sorted(names)):
-        source = data.open_val(str(tmp_path), HW, classes=classes)
+        source = sources.open_val(str(tmp_path), HW, classes=classes)
         number = {source.name(i).split("/")[0]: source.load(i)[1] for i in range(12)}
         expected = classes if set(classes) == set(names) else names
         assert number == {name: i for i, name in enumerate(expected)} and source.classes == classes
     (tmp_path / "10/1.jpeg").unlink()
     (tmp_path / "10").rmdir()
-    assert data.open_val(str(tmp_path), HW, classes=["a"] * 11).classes == sorted(
+    assert sources.open_val(str(tmp_path), HW, classes=["a"] * 11).classes == sorted(
         set(names) - {"10"})
 
 
@@ -242,19 +244,19 @@ def test_reals_labels_go_by_the_number_in_an_images_name(tmp_path):
     """Image n has list n - 1, wherever it lies; another name, number or file is an error."""
     for name in ("ILSVRC2012_val_00000003.JPEG", "b/ILSVRC2012_val_00000001.JPEG"):
         paint(tmp_path / "val" / name)
-    source, file = data.scan_flat(tmp_path, "val"), tmp_path / "real.json"
+    source, file = sources.scan_flat(tmp_path, "val"), tmp_path / "real.json"
     file.write_text("[[5], [], [1, 2]]")
-    assert data.read_real_labels(file, source) == [[1, 2], [5]]
+    assert sources.read_real_labels(file, source) == [[1, 2], [5]]
     for text, message in [("[[5], []]", "val_00000003.JPEG is none .* to 00000002"),
                           ("{}", "is not a list of lists"), ("[3]", "is not a list of lists"),
                           ("[", "cannot be read")]:
         file.write_text(text)
         with pytest.raises(ValueError, match=f"--real-labels.*{message}"):
-            data.read_real_labels(file, source)
+            sources.read_real_labels(file, source)
     paint(tmp_path / "val/other.JPEG")
     file.write_text("[[5], [], [1, 2]]")
     with pytest.raises(ValueError, match="other.JPEG is none of the images"):
-        data.read_real_labels(file, data.scan_flat(tmp_path, "val"))
+        sources.read_real_labels(file, sources.scan_flat(tmp_path, "val"))
 
 
 def test_flat_validation_images_take_their_classes_from_a_file(tmp_path):
@@ -265,37 +267,37 @@ def test_flat_validation_images_take_their_classes_from_a_file(tmp_path):
     for text in ("v_0.JPEG n01\nv_1.JPEG n02\n\nv_2.JPEG n01\n",
                  "ImageId,PredictionString\nv_1,n02 1 2 3 4 n01 5 6 7 8 \nv_0,n01 1\nv_2,n01"):
         lines.write_text(text)
-        source = data.open_val(tmp_path, HW, lines)
+        source = sources.open_val(tmp_path, HW, lines)
         assert source.classes == ["n01", "n02"] and source.labels.tolist() == [0, 1, 0]
         assert source.name(1) == "val/v_1.JPEG" and source.load(1)[1] == 1
-        assert data.open_val(tmp_path, HW, lines, ["n00", "n01", "n02"]).labels.tolist() == [
+        assert sources.open_val(tmp_path, HW, lines, ["n00", "n01", "n02"]).labels.tolist() == [
             1, 2, 1]
     make_folder(tmp_path, train=("n00", "n01", "n02"), val=())
-    train, val = data.open_data(tmp_path, HW, lines)
+    train, val = sources.open_data(tmp_path, HW, lines)
     assert len(train) == 3 and val.classes == train.classes and val.labels.tolist() == [1, 2, 1]
     lines.write_text("v_0 10\nv_1 9\nv_2 10\n")
-    assert data.open_val(tmp_path, HW, lines).classes == ["9", "10"]
+    assert sources.open_val(tmp_path, HW, lines).classes == ["9", "10"]
     for text, message in [("v_0 a\nv_1 b", "1 images of .* without a label: v_2"),
                           ("v_0 a\nv_1 b\nv_2 a\nv_3 a", "1 images of .* missing: v_3"),
                           ("v_0", "'v_0' is not of the form"), ("", "3 images .* without a label")]:
         lines.write_text(text)
         with pytest.raises(ValueError, match=message):
-            data.open_val(tmp_path, HW, lines)
+            sources.open_val(tmp_path, HW, lines)
     lines.write_text("v_0 a\nv_1 b\nv_2 a")
     with pytest.raises(ValueError, match="1 images .* of a class unknown to the model: v_1"):
-        data.open_val(tmp_path, HW, lines, ["a"])
+        sources.open_val(tmp_path, HW, lines, ["a"])
     with pytest.raises(ValueError, match="--val-labels .* cannot be read"):
-        data.open_val(tmp_path, HW, tmp_path / "nowhere.txt")
+        sources.open_val(tmp_path, HW, tmp_path / "nowhere.txt")
     with pytest.raises(ValueError, match="name their classes with --val-labels"):
-        data.open_val(tmp_path, HW)
+        sources.open_val(tmp_path, HW)
 
 
 def test_shapes_are_deterministic_balanced_and_differ_by_split():
     """Image i is the same whenever it is drawn; the splits share no image."""
-    train, val = data.open_data("shapes", (32, 48))
-    assert (len(train), len(val), len(train.classes)) == (8000, data.SHAPES_VAL, 16)
+    train, val = sources.open_data("shapes", (32, 48))
+    assert (len(train), len(val), len(train.classes)) == (8000, sources.SHAPES_VAL, 16)
     for i in (0, 17, 999):
-        (image, label), (again, _) = train.load(i), data.Shapes((32, 48), "train").load(i)
+        (image, label), (again, _) = train.load(i), sources.Shapes((32, 48), "train").load(i)
         assert image.tobytes() == again.tobytes() and label == i % 16 and image.size == (48, 32)
         assert image.tobytes() != val.load(i)[0].tobytes()
 
@@ -308,7 +310,7 @@ def test_unreadable_images_are_ignored_named_and_limited(tmp_path):
              "huge.pgm": b"P5 20000 20000 255\n"}  # a decompression bomb
     for name, content in files.items():
         (tmp_path / "train/a" / name).write_bytes(content)
-    source = data.scan_folder(tmp_path, "train")
+    source = sources.scan_folder(tmp_path, "train")
     (tmp_path / "train/b/1.png").unlink()  # and one that vanishes after the scan
     batch = next(iter(data.eval_loader(source, CONFIG, HW, 8, 0, 1, "cpu")))
     images, labels, indices, nothing = batch
@@ -431,7 +433,7 @@ def test_a_view_is_a_function_of_seed_epoch_and_index():
     """One image under all numbers: the same (seed, epoch, index) gives the same pixels, jitter and
     mixing, those that the generator of these three draws; any other gives others."""
     config = replace(CONFIG, mixup=0.8)
-    picture = data.Shapes((64, 64), "train").load(3)[0]
+    picture = sources.Shapes((64, 64), "train").load(3)[0]
     same = SimpleNamespace(load=lambda index: (picture, 0))
     transform = train_transform(CONFIG, HW)
     views = {}
@@ -479,7 +481,7 @@ def test_the_trainers_random_state_is_untouched(workers):
 
 def test_views_draw_from_torch_alone():
     """NeMo's transforms give the same view whatever python's and numpy's generators hold."""
-    image = data.Shapes((64, 48), "train").load(3)[0]
+    image = sources.Shapes((64, 48), "train").load(3)[0]
     transform = train_transform(CONFIG, HW)
     views = []
     for seed in range(8):
@@ -534,7 +536,7 @@ def test_augmentations_are_torchvisions(augmentation):
     """From the same generator state each list of transforms gives the bytes of torchvision's own,
     for 40 draws: at scale 0.3, bicubic, NeMo's grey of 128 where AutoAugment turns an image; and
     erased boxes, half of the time, hold the mean to a byte. A name without a view is refused."""
-    image = data.Shapes((100, 120), "train").load(3)[0]
+    image = sources.Shapes((100, 120), "train").load(3)[0]
     config = replace(CONFIG, augmentation=augmentation, crop_scale=0.3, random_erasing=0.5,
                      rand_augment=(3, 20), mean=(0.1, 0.5, 0.9))
     ours = train_transform(config, (64, 96))
@@ -554,7 +556,7 @@ def test_augmentations_are_torchvisions(augmentation):
 def test_training_view_is_torchvisions_on_pillow():
     """Resizing bytes in torch is Pillow's resize: at most 1 of 255 apart in 99 % of the values (two
     roundings; more only at sharp edges, where the bytes between the two passes saturate)."""
-    image = data.Shapes((300, 400), "train").load(3)[0]
+    image = sources.Shapes((300, 400), "train").load(3)[0]
     ours = train_transform(replace(CONFIG, augmentation="crop-flip"), (64, 96))
     theirs = v2.Compose([
         v2.RandomResizedCrop((64, 96), interpolation=v2.InterpolationMode.BICUBIC),
@@ -681,10 +683,10 @@ def test_workers_outlive_the_jobs_sigterm_but_not_their_trainer():
     program = textwrap.dedent("""
         import os, signal, sys, time
         sys.path.insert(0, %r)
-        import data
+        import data, sources
         from configs import TrainConfig
         config = TrainConfig(global_batch_size=4, num_workers=2, seed=0, augmentation="none")
-        source = data.Shapes((32, 32), "train")
+        source = sources.Shapes((32, 32), "train")
         batches = iter(data.train_loader(source, config, (32, 32), 4, 0, 1, 0, 100, "cpu"))
         next(batches)
         for number in (signal.SIGTERM, signal.SIGINT):  # only now: workers inherit none of it
@@ -717,9 +719,9 @@ def test_digits_are_written_as_a_folder_to_train_on(tmp_path, capsys):
     Pillow's bicubic resize of 8 x 8 values of 0 to 16; a folder in use is left alone."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     folder = tmp_path / "new" / "digits"
-    data.main(["digits", str(folder), "--size", "24"])
+    sources.main(["digits", str(folder), "--size", "24"])
     assert re.search("train: 1,438 images.*val: 359 images", capsys.readouterr().out)
-    train, val = data.open_data(str(folder), HW)
+    train, val = sources.open_data(str(folder), HW)
     assert (len(train), len(val)) == (1438, 359) and train.classes == list("0123456789")
     for i, source in ((3, train), (1796, train), (4, val), (1794, val)):
         ending = "jpg" if source is val else "png"
@@ -735,9 +737,9 @@ def test_digits_are_written_as_a_folder_to_train_on(tmp_path, capsys):
                           (["digits", str(folder / "train/0/00000.png")], "cannot be written"),
                           (["digits", str(tmp_path / "x"), "--size", "0"], "--size 0")):
         with pytest.raises(SystemExit):
-            data.main(argv)
+            sources.main(argv)
         errors = capsys.readouterr().err
-        assert errors.count("data.py: error:") == 1 and message in errors
+        assert errors.count("sources.py: error:") == 1 and message in errors
     assert sorted(folder.rglob("*")) == before and not (tmp_path / "x").exists()
 
 
@@ -745,5 +747,5 @@ def test_digits_say_which_library_they_need(tmp_path, monkeypatch, capsys):
     """scikit-learn is no requirement: without it there is one clear error and no folder."""
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(SystemExit):
-        data.main(["digits", str(tmp_path / "x")])
+        sources.main(["digits", str(tmp_path / "x")])
     assert "pip install scikit-learn" in capsys.readouterr().err and not (tmp_path / "x").exists()

@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 
 from checkpoint import complete_checkpoints
-from data import Shapes
 from parallel import ShardedOptimizer
 from runtime import run_program
+from sources import Shapes
 from testing import TRAIN_FLAGS, start_ranks, train_main
 
 STEPS, LIMIT = 8, 60  # steps of a run; seconds after which a process is said to hang

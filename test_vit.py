@@ -44,6 +44,7 @@ import model as model_module
 import parallel
 import recipes
 import resume
+import sources
 import train
 import weights as weights_module
 from augment import loss_sum, soft_targets
@@ -163,7 +164,7 @@ def _train_elsewhere(folder, argv):
         sys.modules.pop(file.stem, None)
     import train as theirs
     assert Path(theirs.__file__).parent == Path(folder)
-    theirs.main(argv, (data.Shapes((16, 16), "train"), Few(data.Shapes((16, 16), "val"), 80)))
+    theirs.main(argv, (sources.Shapes((16, 16), "train"), Few(sources.Shapes((16, 16), "val"), 80)))
 
 
 def test_without_kernels_and_peer_a_run_is_as_correct(tmp_path):
@@ -1492,7 +1493,7 @@ def test_too_little_room_is_an_error_before_the_first_step(tmp_path):
 
 # ----------------------------------------------------------------------------- train.py: one run
 # Losses of 20 steps of TRAIN_FLAGS, fp32, dropout 0, from one process (torch 2.15, x86 CPU). On the
-# digits: `python data.py digits DIR --size 16`; scikit-learn, which they need, is no requirement.
+# digits: `python sources.py digits DIR --size 16`, which needs scikit-learn, no requirement.
 GOLDEN = {
     "shapes": [
         2.769664, 2.758901, 2.787359, 2.744415, 2.774251, 2.738333, 2.707668, 2.689075,
@@ -1515,7 +1516,7 @@ def test_losses_of_20_steps_are_the_golden_ones_in_every_layout(source, tmp_path
     if source == "digits":
         pytest.importorskip("sklearn")
         images = tmp_path / "digits"
-        data.write_digits(images, 16)
+        sources.write_digits(images, 16)
         for i, path in enumerate(sorted(images.glob("val/*/*"))):
             if i % 8:  # evaluation has its own test
                 path.unlink()
@@ -1556,7 +1557,7 @@ def test_losses_equal_a_plain_pytorch_loop(flags, tmp_path):
     relative, fp32 (Adam lets rounding grow; 1.03e-5 seen)."""
     lines, _, _ = run_training(tmp_path, *flags)
     config, vit, _ = parse(TrainConfig, [*TRAIN_FLAGS, *map(str, flags)])
-    train_set, _ = data.open_data("shapes", vit.image_hw)
+    train_set, _ = sources.open_data("shapes", vit.image_hw)
     order = data.order(len(train_set), config.seed, 0)
 
     def batch(step):
@@ -1608,7 +1609,7 @@ def test_a_strong_recipe_is_torchvisions_in_every_layout_and_over_a_resume(tmp_p
     generator being that of (seed, view, index), within 2e-5 relative as above. Every layout and
     accumulation, and a resume at another layout and with workers, within 1e-5 of one process."""
     config, vit, _ = parse(TrainConfig, [*TRAIN_FLAGS, *map(str, STRONG)])
-    train_set, _ = data.open_data("shapes", vit.image_hw)
+    train_set, _ = sources.open_data("shapes", vit.image_hw)
     order, bicubic = data.order(len(train_set), 0, 0), v2.InterpolationMode.BICUBIC
     view = v2.Compose([
         v2.PILToTensor(), v2.RandomResizedCrop(16, interpolation=bicubic),
@@ -1834,7 +1835,7 @@ def test_validation_and_evaluation_score_the_average_over_a_resume(tmp_path):
         vit, facts = weights_module.whole_model(both[1], "part")
         model = ViT(vit).eval()
         model.load_state_dict(both[1].tensors)
-        val_set = data.open_data("shapes", vit.image_hw)[1]
+        val_set = sources.open_data("shapes", vit.image_hw)[1]
         views, labels = zip(*map(val_set.load, range(80)), strict=True)
         images = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
         images = augment.normalize(images, facts["mean"], facts["std"], torch.float32)
@@ -2061,7 +2062,7 @@ class Sample(Few):
     """A few drawn images, of which some take their time and some cannot be read."""
 
     def __init__(self, split, n, seconds=0.0, bad=()):
-        super().__init__(data.Shapes((16, 16), split), n)
+        super().__init__(sources.Shapes((16, 16), split), n)
         self.seconds, self.bad, self.loads = seconds, bad, []
 
     def load(self, index):
@@ -2199,7 +2200,7 @@ def test_fine_tuning_starts_from_the_weights_and_resumes_without_them(tmp_path):
     resized. Without --init-from the recipe is refused; resumed, it goes on from its own checkpoint
     although the source is gone."""
     for split, i in itertools.product(("train", "val"), range(40)):
-        image, _ = data.Shapes((16, 16), "val").load(i)
+        image, _ = sources.Shapes((16, 16), "val").load(i)
         image.save(paint(tmp_path / "data" / split / ("left", "right")[i % 2] / f"{i}.png"))
     run_training(tmp_path / "a", "--max-steps", 2)
     flags = ["--recipe", "finetune", "--model", "demo", "--data", tmp_path / "data", "--lr", 0,

@@ -23,9 +23,9 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import evaluate
 import nemo_file
+import sources
 import weights
 from checkpoint import save_checkpoint
 from configs import MODELS, ConvertConfig, EvalConfig, TrainConfig, ViTConfig, parse
@@ -1024,7 +1024,7 @@ def test_the_commands_usage_names_what_it_needs(capsys):
 # ----------------------------------------------------------------------------- use it: evaluate.py
 def draw_folder(folder, count, names=None, size=16):
     """Shapes as files: folder/CLASS/NUMBER.png, or with `names` of fewer classes."""
-    shapes = data.Shapes((size, size), "val")
+    shapes = sources.Shapes((size, size), "val")
     for i in range(count):
         image, label = shapes.load(i)
         path = Path(folder) / (names[label % len(names)] if names else shapes.classes[label])

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-import data
 import parallel
+import sources
 import train
 from configs import TrainConfig, ViTConfig, parse, stable_seed
 from model import ViT
@@ -192,7 +192,7 @@ def run_training(output, *flags, world=1, check=True):
 def train_main(argv):
     """train.main; of the drawn validation images only 80, since evaluation has its own tests."""
     config, vit, _ = parse(TrainConfig, argv)
-    train_set, val_set = data.open_data(config.data, vit.image_hw, config.val_labels)
+    train_set, val_set = sources.open_data(config.data, vit.image_hw, config.val_labels)
     few = Few(val_set, 80) if config.data == "shapes" else val_set
     train.main(argv, (train_set, few))
 

@@ -46,6 +46,7 @@ from runtime import (
     start_processes,
     user_errors,
 )
+from sources import open_data
 
 
 # ----------------------------------------------------------------------------- one step
@@ -201,7 +202,7 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
 def open_images(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid, sources=None):
     """(training images, validation images, the model with their classes)."""
     train_set, val_set = sources or on_rank_0(
-        grid, lambda: data.open_data(config.data, vit.image_hw, config.val_labels))
+        grid, lambda: open_data(config.data, vit.image_hw, config.val_labels))
     count = len(train_set.classes)
     if given.get("num_classes", count) != count:
         raise ValueError(f"--num-classes {vit.num_classes}, but --data {config.data} has {count} "
