@@ -5,6 +5,7 @@ A source is what `data` reads; `classes` are its classes' names, and a label is 
     len(source)           images n
     source.name(i)        what the log calls image i: its path
     source.load(i)        (upright 8-bit RGB image, label); raises what Pillow does
+    source.read(i)        the bytes of its file, undecoded; labels[i] is its label (not of shapes)
 
 `python sources.py digits DIR` writes a small folder of real images to train on.
 """
@@ -81,6 +82,11 @@ class ImageFolder:
         """The path below ROOT: SPLIT/.../FILE."""
         path = self.names[self.offsets[index]:self.offsets[index + 1]].tobytes()
         return os.path.join(self.split, os.fsdecode(path))
+
+    def read(self, index: int) -> bytes:
+        """The bytes of the file, as another decoder than Pillow wants them; raises OSError."""
+        with open(os.path.join(self.root, self.name(index)), "rb") as file:
+            return file.read()
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """The decoded image and its label; raises what `decode` raises."""

@@ -190,6 +190,7 @@ def test_folder_index_is_complete_sorted_and_compact(tmp_path):
         "train/b/1.png", "train/b/2/x.png", "train/b/z.JPEG", "train/c/a/1.png", "train/c/b/1.png"]
     assert [source.load(i)[1] for i in range(9)] == [0, 0, 0, 1, 2, 2, 2, 3, 3]
     assert source.classes == ["a", "a-b", "b", "c"]
+    assert source.read(8) == (tmp_path / "elsewhere/val/b/1.png").read_bytes()
     assert all(isinstance(x, np.ndarray) for x in (source.names, source.offsets, source.labels))
     n = 100_000
     big = sources.ImageFolder("/data", "train", ["a"], bytes(n * 20), [20] * n, [0] * n)
