@@ -25,8 +25,8 @@ from flags import (
     POSITIVE,
     PROBABILITY,
     SHARE,
+    Checked,
     also,
-    check,
     check_only,
     flag,
     flag_name,
@@ -35,10 +35,14 @@ from flags import (
 )
 from recipes import RECIPES, RECIPES_OF_MODELS, default_recipe
 
+Size = int | tuple[int, int]  # of a square's side, or (height, width), in pixels
+Colour = tuple[float, float, float]
+Gelu = Literal["none", "tanh", "quick"]
+
 
 # ----------------------------------------------------------------------------- the model's shape
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(Checked):
     """The shape of one Vision Transformer. Everything that follows from it is a property."""
 
     hidden_size: int = flag(768, "width D of the residual stream", POSITIVE)
@@ -46,32 +50,29 @@ class ViTConfig:
     num_layers: int = flag(12, "number of transformer blocks", POSITIVE)
     num_attention_heads: int = flag(12, "attention heads, each hidden_size / heads wide", POSITIVE)
     patch_size: int = flag(16, "side of a square patch in pixels", POSITIVE)
-    image_size: int | tuple[int, int] = flag(224, "image side in pixels, or HEIGHT,WIDTH")
+    image_size: Size = flag(224, "image side in pixels, or HEIGHT,WIDTH")
     num_channels: int = flag(3, "channels of an image", POSITIVE)
     num_classes: int = flag(1000, "classes of the head (default: those of the data)", POSITIVE)
-    num_class_tokens: int = flag(8, "learned tokens before the patches; token 0 is the output",
-                                 NOT_NEGATIVE)
-    pool: Literal["token", "mean"] = flag("token", "what the head reads: token 0, patches' mean")
+    num_class_tokens: int = flag(8, "learned tokens before the patches", NOT_NEGATIVE)
+    pool: Literal["token", "mean"] = flag("token", "the output: token 0, or the patches' mean")
     fc_norm: bool = flag(False, "norm of the mean instead of every token (as MAE)", pool="mean")
     layerscale: float = flag(0.0, "LayerScale's first factors, e.g. 1e-5; 0: none", NOT_NEGATIVE)
     pre_norm: bool = flag(False, "a LayerNorm before the blocks (as CLIP)")
-    hidden_dropout: float = flag(0.1, "dropout after the embedding and before each residual add",
-                                 BELOW_ONE)
+    hidden_dropout: float = flag(0.1, "dropout of embedding and residual branches", BELOW_ONE)
     attention_dropout: float = flag(0.0, "dropout of the attention probabilities", BELOW_ONE)
-    drop_path_rate: float = flag(0.0, "stochastic depth of the last block (linear from 0)",
-                                 BELOW_ONE)
+    drop_path_rate: float = flag(0.0, "stochastic depth, linear from 0 over the blocks", BELOW_ONE)
     drop_path_mode: Literal["image", "batch"] = flag(
         "image", "image: each is dropped at the rate; batch: a fixed number, at rates in "
         "sixteenths, which are not computed", drop_path_rate=ABOVE_ZERO)
     drop_patch_rate: float = flag(0.0, "share of an image's patches left out in training (timm's "
                                   "patch_drop_rate)", BELOW_ONE)
-    gelu_approximate: Literal["none", "tanh", "quick"] = flag(
+    gelu_approximate: Gelu = flag(
         "none", "none: exact GELU; tanh: faster; quick: x sigmoid(1.702 x), as CLIP")
     layernorm_eps: float = flag(1e-6, "epsilon of every LayerNorm (NeMo 1e-5, timm 1e-6)")
     head: Literal["mlp", "linear"] = flag("mlp", "mlp: linear, tanh, linear (pretraining); linear")
 
     def __post_init__(self):
-        check(self)
+        super().__post_init__()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"--hidden-size {self.hidden_size} must be divisible by --num-attention-heads "
@@ -156,42 +157,33 @@ class ViTConfig:
 
     def _flops(self, s: int, shares: list[float]) -> float:
         d, f = self.hidden_size, self.ffn_hidden_size
-        block = 2 * s * (4 * d * d + 2 * d * f) + 4 * s * s * d
-        last = block if self.pool == "mean" else (
-            4 * s * d * d + 2 * (2 * d * d + 2 * d * f) + 4 * s * d)
+
+        def block(n: int) -> int:
+            """Keys and values of all s tokens; query, attention, projection and MLP of n."""
+            return 2 * s * 2 * d * d + 2 * n * (2 * d * d + 2 * d * f) + 4 * n * s * d
+        last = block(1 if self.pool == "token" else s)
         head = 2 * d * self.num_classes + (2 * d * d if self.head == "mlp" else 0)
         embedding = 2 * self.num_patches * d * self.patch_dim
-        return embedding + sum(shares[:-1]) * block + shares[-1] * last + head
-
-
-def _shape(hidden, ffn, layers, heads, patch, **more):
-    return ViTConfig(hidden_size=hidden, ffn_hidden_size=ffn, num_layers=layers,
-                     num_attention_heads=heads, patch_size=patch, **more)
+        return embedding + sum(shares[:-1]) * block(s) + shares[-1] * last + head
 
 
 MODELS = {
-    #              hidden   ffn  layers heads patch          params with a 1000-way linear head
-    "Ti16": _shape(   192,  768,     12,    3,   16),
-    "S16":  _shape(   384, 1536,     12,    6,   16),
-    "B16":  _shape(   768, 3072,     12,   12,   16),      # 86.58 M
-    "L16":  _shape(  1024, 4096,     24,   16,   16),      # 304.34 M
-    "H16":  _shape(  1280, 5120,     32,   16,   16),      # 632.22 M
-    "H14":  _shape(  1280, 5120,     32,   16,   14),      # 632.06 M
-    "g14":  _shape(  1408, 6144,     40,   16,   14),      # 1,012.63 M
-    "G14":  _shape(  1664, 8192,     48,   16,   14),      # 1,844.46 M
-    "demo": _shape(    96,  384,      4,    4,    8, image_size=32, num_class_tokens=1),
+    #                hidden   ffn  layers  heads  patch      params with a 1000-way linear head
+    "Ti16": ViTConfig(  192,   768,     12,     3,    16),
+    "S16":  ViTConfig(  384,  1536,     12,     6,    16),
+    "B16":  ViTConfig(  768,  3072,     12,    12,    16),      # 86.58 M
+    "L16":  ViTConfig( 1024,  4096,     24,    16,    16),      # 304.34 M
+    "H16":  ViTConfig( 1280,  5120,     32,    16,    16),      # 632.22 M
+    "H14":  ViTConfig( 1280,  5120,     32,    16,    14),      # 632.06 M
+    "g14":  ViTConfig( 1408,  6144,     40,    16,    14),      # 1,012.63 M
+    "G14":  ViTConfig( 1664,  8192,     48,    16,    14),      # 1,844.46 M
+    "demo": ViTConfig(   96,   384,      4,     4,     8, image_size=32, num_class_tokens=1),
 }
-# Largest micro-batch chosen when --micro-batch-size is not given: the launcher's (g and G: 64).
-MICRO_BATCH = {"B16": 256, "L16": 256, "H16": 128, "H14": 128, "g14": 64, "G14": 64}
 
 
 # ----------------------------------------------------------------------------- shared flags
-WHICH_WEIGHTS = ("of a checkpoint: its average (--ema-decay) or the model's own weights (default: "
-                 "the average, where there is one)")
-
-
 @dataclass(frozen=True)
-class Compute:
+class Compute(Checked):
     """What every command that runs a model takes: its layout, precision and kernels."""
 
     tensor_parallel_size: int = flag(1, "ranks that share one model replica", POSITIVE)
@@ -201,8 +193,7 @@ class Compute:
     attention: Literal["auto", "triton", "cudnn", "flash", "efficient", "math",
                        "flash-attn"] = flag(
         "auto", "attention kernel; auto: the first that runs of this list, flash-attn left out")
-    compile: bool | None = flag(
-        None, "fused kernels and torch.compile for the blocks (default: on CUDA)")
+    compile: bool | None = flag(None, "fused kernels, torch.compile of blocks (default: on CUDA)")
     tp_comm_overlap: bool | None = flag(
         None, "tensor parallelism: collectives under the products (default: where a host has all "
         "GPUs of a tp group; not with fp8)")
@@ -223,12 +214,30 @@ class Compute:
 
 
 @dataclass(frozen=True)
-class Loader:
+class Loader(Checked):
     """How images are loaded."""
 
     num_workers: int = flag(8, "processes per rank that load images", NOT_NEGATIVE)
     prefetch_factor: int = flag(4, "micro-batches that each worker holds ready", POSITIVE)
     pin_memory: bool = flag(True, "page-locked host batches (on CUDA)")
+
+
+@dataclass(frozen=True)
+class Untold(Checked):
+    """What a file of weights may not tell; by default all of it is as the weights say."""
+
+    weights: Literal["ema", "model"] | None = flag(
+        None, "of a checkpoint: its average (--ema-decay) or the model's own weights (default: the "
+        "average, where there is one)")
+    image_size: Size | None = flag(None, "image side in pixels, or HEIGHT,WIDTH")
+    init_image_size: Size | None = flag(
+        None, "image size of the weights, where they do not tell and are not square")
+    num_attention_heads: int | None = flag(None, "attention heads", POSITIVE)
+    layernorm_eps: float | None = flag(None, "epsilon of every LayerNorm")
+    gelu_approximate: Gelu | None = flag(None, "none: exact GELU")
+    mean: Colour | None = flag(None, "pixel mean, R,G,B")
+    std: Colour | None = flag(None, "pixel deviation, R,G,B")
+    crop_ratio: float | None = flag(None, "image side / resized shorter side", SHARE)
 
 
 CROPPED = "nemo", "crop-flip", "crop", "randaugment", "trivialaugment", "3-augment"
@@ -285,8 +294,7 @@ class Step(Compute):
                                       "validation: ce")
     label_smoothing: float = flag(0.0, "share of the target spread over all classes", BELOW_ONE)
     mixup: float = flag(0.0, "blend pairs of images, share from Beta(A, A); 0: never", NOT_NEGATIVE)
-    cutmix: float = flag(0.0, "cut boxes from each other, likewise; with --mixup by even odds",
-                         NOT_NEGATIVE)
+    cutmix: float = flag(0.0, "cut boxes, likewise; beside --mixup by even odds", NOT_NEGATIVE)
     # images
     augmentation: Literal[(*CROPPED, "none")] = flag(
         "nemo", "random crop; but for crop also a flip; then nemo: AutoAugment, colour jitter "
@@ -297,15 +305,14 @@ class Step(Compute):
         augmentation="randaugment")
     random_erasing: float = flag(0.0, "probability that a box is filled with the mean pixel",
                                  PROBABILITY, augmentation=CROPPED)
-    repeated_augmentation: int = flag(1, "views of each image in a batch, of as many fewer images",
-                                      POSITIVE)
+    repeated_augmentation: int = flag(1, "views of each image; so many fewer in a batch", POSITIVE)
     crop_scale: float = flag(0.08, "least area of the random crop", SHARE, augmentation=CROPPED)
-    mean: tuple[float, float, float] = flag((0.485, 0.456, 0.406), "pixel mean, R,G,B")
-    std: tuple[float, float, float] = flag((0.229, 0.224, 0.225), "pixel deviation, R,G,B",
-                                           ("be positive", lambda std: min(std) > 0))
+    mean: Colour = flag((0.485, 0.456, 0.406), "pixel mean, R,G,B")
+    std: Colour = flag((0.229, 0.224, 0.225), "pixel deviation, R,G,B",
+                       ("be positive", lambda std: min(std) > 0))
 
     def __post_init__(self):
-        check(self)
+        super().__post_init__()
         if self.min_lr > self.lr:
             raise ValueError(f"--min-lr {self.min_lr} must not exceed --lr {self.lr}")
         if self.loss == "bce" and self.label_smoothing:
@@ -328,10 +335,8 @@ class TrainConfig(Step, Loader):
         None, "file with the classes of images that lie flat in DATA/val: lines of 'NAME CLASS', "
         "or ImageNet's LOC_val_solution.csv", data=FOLDER)
     output_dir: str = flag("output", "checkpoints, metrics.jsonl, TensorBoard")
-    epochs: float = flag(300.0, "length of the run in images seen, if --max-steps is not given",
-                         POSITIVE)
-    warmup_epochs: float | None = flag(None, "length of the warm-up, instead of --warmup-steps",
-                                       NOT_NEGATIVE)
+    epochs: float = flag(300.0, "length of the run in images seen, without --max-steps", POSITIVE)
+    warmup_epochs: float | None = flag(None, "instead of --warmup-steps", NOT_NEGATIVE)
     max_steps: int | None = flag(None, "length of the run in optimizer steps", POSITIVE)
     crop_ratio: float = flag(0.875, "evaluation: image side / resized shorter side", SHARE)
     max_unreadable: float = flag(0.001, "share of unreadable training images that ends the run",
@@ -349,10 +354,8 @@ class TrainConfig(Step, Loader):
     init_from: str | None = flag(
         None, "start from these weights: a checkpoint or output directory of this program, a file "
         "of another library (weights.py says which), timm:NAME, torchvision:NAME or hf:ORG/NAME")
-    init_image_size: int | tuple[int, int] | None = flag(
-        None, "image size of those weights, where they do not tell and are not square",
-        init_from=GIVEN)
-    weights: Literal["ema", "model"] | None = flag(None, WHICH_WEIGHTS, init_from=GIVEN)
+    init_image_size: Size | None = also(Untold, "init_image_size", init_from=GIVEN)
+    weights: Literal["ema", "model"] | None = also(Untold, "weights", init_from=GIVEN)
     dry_run: bool = flag(False, "print sizes, memory, schedule and legal layouts, then exit")
 
 
@@ -376,25 +379,6 @@ class BenchmarkConfig(Step, Loader):
 
 
 @dataclass(frozen=True)
-class Untold:
-    """What a file of weights may not tell; by default all of it is as the weights say."""
-
-    weights: Literal["ema", "model"] | None = flag(None, WHICH_WEIGHTS)
-    image_size: int | tuple[int, int] | None = flag(None, "image side in pixels, or HEIGHT,WIDTH")
-    init_image_size: int | tuple[int, int] | None = flag(
-        None, "image size of the weights, where they do not tell and are not square")
-    num_attention_heads: int | None = flag(None, "attention heads", POSITIVE)
-    layernorm_eps: float | None = flag(None, "epsilon of every LayerNorm")
-    gelu_approximate: Literal["none", "tanh", "quick"] | None = flag(None, "none: exact GELU")
-    mean: tuple[float, float, float] | None = flag(None, "pixel mean, R,G,B")
-    std: tuple[float, float, float] | None = flag(None, "pixel deviation, R,G,B")
-    crop_ratio: float | None = flag(None, "image side / resized shorter side", SHARE)
-
-    def __post_init__(self):
-        check(self)
-
-
-@dataclass(frozen=True)
 class EvalConfig(Untold, Compute, Loader):
     """evaluate.py: scores or predicts."""
 
@@ -402,9 +386,7 @@ class EvalConfig(Untold, Compute, Loader):
                                   "program, or a file that --init-from takes")
     data: str | None = flag(None, "score DATA/val/CLASS/*, or DATA/CLASS/*, or 'shapes'; a CLASS "
                             "may be a number of the model's, as in ImageNet-V2")
-    val_labels: str | None = flag(
-        None, "file with the classes of images that lie flat in DATA/val: lines of 'NAME CLASS', "
-        "or ImageNet's LOC_val_solution.csv", data=FOLDER)
+    val_labels: str | None = also(TrainConfig, "val_labels")
     real_labels: str | None = flag(
         None, "ReaL's real.json: also score ImageNet's validation images against its lists of "
         "labels (arXiv:2006.07159)", data=FOLDER)
@@ -431,11 +413,7 @@ class ReportConfig(Loader):
     data: str | None = flag(None, "score DATA/val/CLASS/*, or 'shapes' (default: each run's own "
                             "data); none: the curves and the weights only")
     val_labels: str | None = flag(None, "as train.py's (default: each run's own)", data=FOLDER)
-    micro_batch_size: int | None = flag(None, "images of one forward pass (default: evaluate.py's)",
-                                        POSITIVE)
-
-    def __post_init__(self):
-        check(self)
+    micro_batch_size: int | None = also(EvalConfig, "micro_batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,6 +74,13 @@ def check(config) -> None:
             raise ValueError(f"{flag_name(f.name)} {value} must {must[0]}")
 
 
+class Checked:
+    """A base of dataclasses of flags: each of them is checked when it is made."""
+
+    def __post_init__(self):
+        check(self)
+
+
 def check_only(config, given: dict) -> None:
     """Raises ValueError for a flag that was given and would have no effect."""
     for f in fields(config):

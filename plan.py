@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from configs import MICRO_BATCH, Compute, Step, TrainConfig, ViTConfig, divisors
+from configs import Compute, Step, TrainConfig, ViTConfig, divisors
 from model import ViT
 from parallel import Axis, Grid, plan_buckets
 
@@ -26,8 +26,10 @@ def legal_tensor_parallel_sizes(vit: ViTConfig) -> list[int]:
 
 
 def largest_micro_batch(model: str, tp: int, on_gpu: bool) -> int:
-    """The micro-batch that is not exceeded unless --micro-batch-size asks for it."""
-    return (MICRO_BATCH.get(model, 256) if on_gpu else 64) * tp
+    """The micro-batch that is not exceeded unless --micro-batch-size asks for it: on GPUs the
+    launcher's (conf/training/vit/*.yaml; g and G: 64)."""
+    launcher = {"H16": 128, "H14": 128, "g14": 64, "G14": 64}
+    return (launcher.get(model, 256) if on_gpu else 64) * tp
 
 
 def micro_batch_step(config: Compute, vit: ViTConfig) -> int:

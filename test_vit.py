@@ -53,6 +53,7 @@ from configs import (
     BenchmarkConfig,
     ConvertConfig,
     EvalConfig,
+    ReportConfig,
     TrainConfig,
     ViTConfig,
     parse,
@@ -256,6 +257,17 @@ def test_a_flag_of_another_name_is_found(flag, meant, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(TrainConfig, [flag, "64"])
     assert stop.value.code == 2 and f"did you mean {meant}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command, flags, message", [
+    (BenchmarkConfig, "--steps 0", "--steps 0 must be positive"),
+    (EvalConfig, "--checkpoint c --data d --prefetch-factor 0", "--prefetch-factor 0 must be pos"),
+    (ReportConfig, "output --num-workers -1", "--num-workers -1 must not be negative"),
+    (ConvertConfig, "in out --crop-ratio 2", r"--crop-ratio 2.0 must be in \(0, 1\]")])
+def test_every_command_checks_its_flags(command, flags, message):
+    """As train.py does (BAD_INPUT), also those that have no other check."""
+    with pytest.raises(ValueError, match=message):
+        parse(command, flags.split())
 
 
 def test_recipes_and_flags_override_in_order():
