@@ -4,6 +4,7 @@ Every command checks its layout here before it starts; `train.py --dry-run` prin
 """
 
 import math
+import operator
 from collections.abc import Callable
 
 import torch
@@ -145,39 +146,38 @@ def run_length(config: TrainConfig, images: int, step: int = 0,
 def activation_bytes(vit: ViTConfig, config: Step, images: int) -> int:
     """Bytes that one rank keeps for backward with `images` images of its own, in this layout.
 
-    Per token of a block, in elements of the activations' dtype: the two norms' inputs 2D and
-    outputs, gathered over tp, 2tD; q, k, v and attention's output 4D; the MLP's hidden layer before
-    and after GELU 2F; a byte for each of two dropout masks. With fp8 products, the products'
-    inputs, (2t + 1)D + F, are kept in a byte an element, and the weights' transposed. Of the last
-    block norm1's input and output, k, v and a mask: (3 + t)D; where the head reads the mean, as of
-    any. LayerScale keeps what it multiplies, 2D; a norm of all tokens outside the blocks, D.
-
-    Selective keeps the block's inputs x and y, qkv, attention's output, proj's and fc1's, 7D + F;
-    where images visit, which is assumed if --tp-comm-overlap allows it, proj's in t parts,
-    (6 + t)D + F, and D for LayerScale; of the last block x, y, k and v. Full keeps x and y. Both
-    keep what a block or run of blocks keeps by itself while backward is in it. (Compiled; eager
-    selective keeps partial sums of row products as well.) Of images that drop path leaves out
-    nothing is kept but the inputs, and of a frozen backbone only the head's input.
+    The table is of a block without recomputation and of a selective one, and of the last block
+    where its token 0 alone is read (never in fp8); else the last is as any. Full keeps x and y of a
+    block or run of blocks. Both keep what one of them keeps by itself while backward is in it.
+    (Compiled; eager selective keeps partial sums of row products as well.) Of images that drop path
+    leaves out nothing is kept but the inputs, and of a frozen backbone only the head's input.
     """
     d, f, t = vit.hidden_size, vit.ffn_hidden_size, config.tensor_parallel_size
-    element = 4 if config.precision == "fp32" else 2
+    e = 4 if config.precision == "fp32" else 2                  # bytes of an element
     if config.freeze == "backbone":
-        return images * d * element
-    masks = 2 * d if vit.hidden_dropout else 0
-    tokens, shares = images * vit.train_seq_length, vit.computed_shares
-    scale = element * d if vit.layerscale else 0
-    block = tokens * (element * (6 * d + 2 * t * d + 2 * f) + masks + 2 * scale)
-    if config.fp8:
-        block = (tokens * (2 * (6 * d + f) + (2 * t + 1) * d + f + masks + 2 * scale)
-                 + 2 * d * (2 * d + f) // t)
+        return images * d * e
+    p = 1 if config.fp8 else e                                  # of an element of a product's input
+    m, g = int(vit.hidden_dropout > 0), e if vit.layerscale else 0
+    # Where images visit, assumed if --tp-comm-overlap allows it, proj's result is kept in t parts.
     parts = 1 if config.fp8 or config.tp_comm_overlap is False else t
-    selective = tokens * (element * ((6 + parts) * d + f) + scale)
-    last, last_selective = block, selective
-    if vit.pool == "token":
-        last = tokens * (element * (3 + t) * d + masks // 2)  # not in fp8
-        last_selective = tokens * element * 4 * d
-    entry = tokens * 2 * element * d
-    norms = tokens * element * d * (vit.pre_norm + (vit.pool == "mean" and not vit.fc_norm))
+    # width  bytes of a token's feature in a block, selective; in the last one, selective
+    table = [
+        (d,      2 * e,           2 * e,      e,        2 * e),  # x and y, the norms' inputs
+        (t * d,  2 * p,           0,          e,        0),      # their outputs, gathered over tp
+        (d,      3 * e,           3 * e,      2 * e,    2 * e),  # q, k, v
+        (d,      e + config.fp8,  e,          0,        0),      # attention's output; also in fp8
+        (d,      0,               parts * e,  0,        0),      # proj's
+        (f,      e,               e,          0,        0),      # fc1's
+        (f,      p,               0,          0,        0),      # GELU's
+        (d,      2 * m,           0,          m,        0),      # dropout's masks
+        (d,      2 * g,           g,          0,        0)]      # what LayerScale multiplies
+    tokens, shares = images * vit.train_seq_length, vit.computed_shares
+    width, *columns = zip(*table)
+    block, selective, *last = (tokens * sum(map(operator.mul, width, x)) for x in columns)
+    block += 2 * d * (2 * d + f) // t if config.fp8 else 0      # the weights, transposed
+    last, last_selective = last if vit.pool == "token" else (block, selective)
+    entry = tokens * 2 * e * d                                  # x and y
+    norms = tokens * e * d * (vit.pre_norm + (vit.pool == "mean" and not vit.fc_norm))
     layers, n = vit.num_layers, config.checkpoint_num_layers
 
     def kept(first: int) -> int:
@@ -265,11 +265,8 @@ def dry_run(config: TrainConfig, vit: ViTConfig, train_set, val_set, total_steps
     worlds = [1, 2, 4, 8, 16, 32, 64]
     print("  processes " + "".join(f"{n:>8}" for n in worlds))
     for t in [t for t in legal_tp if t <= 8]:
-        cells = []
-        for n in worlds:
-            state = memory_plan(vit, config, t, n // t, t) if n % t == 0 else None
-            cells.append(f"{'-' if state is None else _gib(state):>8}")
-        print(f"  tp {t:<7} " + "".join(cells))
+        cells = ["-" if n % t else _gib(memory_plan(vit, config, t, n // t, t)) for n in worlds]
+        print(f"  tp {t:<7} " + "".join(f"{cell:>8}" for cell in cells))
 
 
 def _gib(plan: dict) -> str:
