@@ -4,10 +4,11 @@
     timm:vit_base_patch16_224.augreg_in21k
     hf:facebook/dinov2-base                 a repository of the Hugging Face hub
 
-What a library tells of its model goes along (weights.TOLD). Where there is no network, the error
-says which file to put where.
+What a library tells of its model goes along (weights.TOLD), and what a folder of a hub does. Where
+there is no network, the error says which file to put where.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,12 @@ import torch
 from flags import unknown
 
 LIBRARIES = {"torchvision": "torchvision", "timm": "timm", "hf": "huggingface_hub"}  # and packages
+# A folder's weights; config.json beside them describes them.
+FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+         "pytorch_model.bin.index.json")
 POOL = {"token": "token", "avg": "mean"}  # timm's words and ours
+GELU = {None: None, "gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh",
+        "quick_gelu": "quick"}  # Hugging Face's words
 
 
 def load(library: str, name: str) -> tuple[dict[str, torch.Tensor], dict]:
@@ -38,6 +44,27 @@ def folder_of(name: str) -> Path:
                 return folder
         raise FileNotFoundError("it has neither model.safetensors nor pytorch_model.bin")
     return _try("hf", where, download)
+
+
+def facts_beside(path: Path) -> dict:
+    """What config.json (Hugging Face's or timm's) and preprocessor_config.json beside a hub's file
+    tell. Raises ValueError for an activation that is not GELU."""
+    beside = [path.with_name(name) for name in ("config.json", "preprocessor_config.json")]
+    config, pixels = (json.loads(file.read_text()) if path.name in FILES and file.exists()
+                      else {} for file in beside)
+    timm, quick = config.get("pretrained_cfg", {}), "quickgelu" in config.get("architecture", "")
+    config = config.get("vision_config", config)                               # CLIP's other half
+    gelu = config.get("hidden_act", "quick_gelu" if quick else None)
+    if gelu not in GELU:
+        raise ValueError(f"config.json says hidden_act {gelu}; legal: {', '.join(list(GELU)[1:])}")
+    told = dict(
+        num_attention_heads=config.get("num_attention_heads"),
+        layernorm_eps=config.get("layer_norm_eps"), gelu_approximate=GELU[gelu],
+        pool=POOL.get(config.get("global_pool")),
+        image_size=config.get("image_size", timm.get("input_size", [None])[1:]) or None,
+        mean=timm.get("mean", pixels.get("image_mean")),
+        std=timm.get("std", pixels.get("image_std")), crop_ratio=timm.get("crop_pct"))
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def _try(library: str, where: str, download: Callable):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-NAMES = [  # (NeMo's, timm's), as those of weights.NAMES
+NAMES = [  # (NeMo's, timm's), as those of formats.NAMES
     ("backbone.cls_token", "cls_token"), ("backbone.position_embeddings", "pos_embed"),
     ("backbone.linear_encoder.", "patch_embed.proj."),
     ("backbone.preprocess_layernorm.", "norm_pre."),

@@ -124,8 +124,9 @@ MAY_IMPORT = {
     "plan": "configs parallel model", "meter": "configs parallel data", "watch": "",
     "runtime": "configs parallel model augment data meter watch",
     "evaluate": "configs parallel model augment data checkpoint plan meter runtime weights",
-    "hub": "flags", "nemo_file": "", "export": "configs model checkpoint",
-    "weights": "flags configs recipes parallel model checkpoint hub nemo_file export",
+    "hub": "flags", "nemo_file": "", "formats": "flags configs nemo_file",
+    "export": "configs model checkpoint",
+    "weights": "configs recipes parallel model checkpoint hub nemo_file formats export",
     "train": "configs recipes parallel model augment data checkpoint resume plan meter runtime "
              "evaluate "
              "weights report",

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 import evaluate
+import formats
 import nemo_file
 import sources
 import weights
@@ -77,9 +78,9 @@ def test_logits_equal_torchvisions():
     import torchvision
     with torch.device("meta"):
         reference = torchvision.models.vit_b_16()
-    names = weights.NAMES["torchvision"]
+    names = formats.NAMES["torchvision"]
     assert logits_difference("B16", reference, lambda state: {
-        weights.rename(k, names): v for k, v in state.items()}) < 1e-4
+        formats.rename(k, names): v for k, v in state.items()}) < 1e-4
 
 
 # ----------------------------------------------------------------------------- in
@@ -445,7 +446,7 @@ def write_nemo(path, state, config, tp, **changes):
     ranks = [{} for _ in range(tp)]
     for name, x in state.items():
         theirs = name if name.startswith("head.") and config.head == "linear" else (
-            weights.rename(name, back))
+            formats.rename(name, back))
         if ".qkv." in name:
             x = x.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
         if name == "patch_embed.proj.weight":
@@ -611,7 +612,7 @@ def test_weights_load_by_layout_and_only_a_head_of_another_size_is_new(tmp_path)
     export(tmp_path / "demo.pt", demo, "timm")
     with pytest.raises(ValueError, match=r"hidden_size 96 \(this run: 32\).*of --model demo$"):
         weights.fit_weights(weights.read_weights(tmp_path / "demo.pt"), SMALL)
-    facts = weights.SILENT["timm"] | asdict(replace(MODELS["L16"], patch_size=14))
+    facts = formats.SILENT["timm"] | asdict(replace(MODELS["L16"], patch_size=14))
     with pytest.raises(ValueError, match=r"patch_size 14 .*shape of --model L16 --patch-size 14"):
         weights.fit_weights(weights.Weights("timm", {}, facts), MODELS["L16"])
 
@@ -680,7 +681,7 @@ def test_the_whole_model_comes_with_weights_and_what_is_told_wins(tmp_path):
 def test_heads_are_told_or_the_tables_and_never_guessed():
     """A file of timm's does not tell them: 192 wide is Ti16's three, another width needs the flag;
     a flag that the width does not allow is refused, and so are weights without a head."""
-    facts = {**weights.SILENT["timm"], **asdict(MODELS["Ti16"]), "num_classes": 7}
+    facts = {**formats.SILENT["timm"], **asdict(MODELS["Ti16"]), "num_classes": 7}
     facts.pop("num_attention_heads")
     vit, _ = weights.whole_model(weights.Weights("timm", {}, facts), "w.pth")
     assert vit == replace(MODELS["Ti16"], num_classes=7, hidden_dropout=0.0)
@@ -866,7 +867,7 @@ def write_broken(path, kind):
         "misshapen": good | {"norm.weight": torch.ones(31)},
         "no class token": without("cls_token"), "no positions": without("pos_embed"),
         "no blocks": {name: x for name, x in good.items() if "blocks" not in name},
-        "twice": {weights.rename(name, [(b, a) for a, b in weights.NAMES["torchvision"]]): x
+        "twice": {formats.rename(name, [(b, a) for a, b in formats.NAMES["torchvision"]]): x
                   for name, x in good.items()} | {"cls_token": good["cls_token"]}}
     if kind in changed:
         torch.save(changed[kind], path)

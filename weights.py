@@ -8,17 +8,15 @@ NeMo's in.
 SOURCE is an output directory or checkpoint of this program, a file of one of these libraries, a
 folder of the Hugging Face hub, or a name: torchvision:vit_b_16 (hub.py); train.py --init-from and
 evaluate.py read the same. Besides the paper's ViT these may be DeiT, DeiT-III, MAE, DINOv2 with and
-without registers, and the image towers of CLIP and SigLIP. What else is in a file is left out and
-named (WITHOUT, OTHER_HEADS), or the file is refused (UNLIKE).
+without registers, and the image towers of CLIP and SigLIP.
 
-    in    the file's tensors -> our names (NAMES) -> our shapes -> checked against a ViT of these
+    in    the file's tensors -> our names and shapes (formats.py) -> checked against a ViT of these
           sizes: Weights -> fitted to a model's image size and classes -> into the model
     out   our tensors -> the library's names -> a file, and the code that opens it
 
-Our names and shapes are timm's (model.py). Shapes tell the sizes; heads, epsilon, GELU and pixels
-are facts that a file tells, or SILENT assumes. No code in a file is run. Checked against these
-libraries: same weights, same logits (test_weights.py). D, C, nh, hd, p are model.py's letters; P
-class tokens, (h, w) the grid of patches.
+Shapes tell the sizes; heads, epsilon, GELU and pixels are facts that a file tells, or its format
+assumes. No code in a file is run. Checked against these libraries: same weights, same logits
+(test_weights.py). D is the hidden size; P class tokens, (h, w) the grid of patches.
 """
 
 import json
@@ -28,7 +26,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections import ChainMap, OrderedDict
+from collections import OrderedDict
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -43,113 +41,22 @@ import hub
 import nemo_file
 from checkpoint import CheckpointTensors, newest_checkpoint, read_meta, write_atomically
 from configs import MODELS, ConvertConfig, TrainConfig, ViTConfig, parse
-from flags import flag_name
+from formats import to_format, to_ours
 from model import ViT
 from parallel import shard
 from recipes import FINE_TUNING, RECIPES
 
-# (their name, ours), replaced as text; timm's names are ours. The last group of a format is what
-# other versions of the library write. `.attn.q. .attn.k. .attn.v.` are then fused to `.attn.qkv.`.
-NAMES = {
-    "timm": [("reg_token", "reg_token"), ("register_tokens", "reg_token")],  # DINOv2's own files
-    "torchvision": [
-        ("class_token", "cls_token"), ("encoder.pos_embedding", "pos_embed"),
-        ("conv_proj.", "patch_embed.proj."), ("encoder.layers.encoder_layer_", "blocks."),
-        (".ln_1.", ".norm1."), (".ln_2.", ".norm2."),
-        (".self_attention.in_proj_", ".attn.qkv."), (".self_attention.out_proj.", ".attn.proj."),
-        (".mlp.0.", ".mlp.fc1."), (".mlp.3.", ".mlp.fc2."), ("encoder.ln.", "norm."),
-        ("heads.pre_logits.", "pre_logits.fc."), ("heads.head.", "head."),
-        (".mlp.linear_1.", ".mlp.fc1."), (".mlp.linear_2.", ".mlp.fc2."),  # the released files
-    ],
-    "hf": [
-        ("vit.embeddings.cls_token", "cls_token"),
-        ("vit.embeddings.position_embeddings", "pos_embed"),
-        ("vit.embeddings.patch_embeddings.projection.", "patch_embed.proj."),
-        ("vit.encoder.layer.", "blocks."),
-        (".layernorm_before.", ".norm1."), (".layernorm_after.", ".norm2."),
-        (".attention.attention.query.", ".attn.q."), (".attention.attention.key.", ".attn.k."),
-        (".attention.attention.value.", ".attn.v."), (".attention.output.dense.", ".attn.proj."),
-        (".intermediate.dense.", ".mlp.fc1."), (".output.dense.", ".mlp.fc2."),
-        ("vit.layernorm.", "norm."), ("vit.pooler.dense.", "pre_logits.fc."),
-        ("classifier.", "head."),
-        ("vit.layers.", "blocks."), (".attention.q_proj.", ".attn.q."),  # transformers 5, in memory
-        (".attention.k_proj.", ".attn.k."), (".attention.v_proj.", ".attn.v."),
-        (".attention.o_proj.", ".attn.proj."),
-        ("vit.embeddings.register_tokens", "reg_token"),                          # DINOv2, DeiT
-        ("vit.embeddings.distillation_token", "dist_token"),
-        (".layer_scale1.lambda1", ".ls1.gamma"), (".layer_scale2.lambda1", ".ls2.gamma"),
-        ("vit.embeddings.class_embedding", "cls_token"),                          # CLIP, SigLIP
-        ("vit.embeddings.position_embedding.weight", "pos_embed"),
-        ("vit.embeddings.patch_embedding.", "patch_embed.proj."),
-        ("vit.pre_layrnorm.", "norm_pre."), ("vit.post_layernorm.", "norm."),
-        ("vit.encoder.layers.", "blocks."), (".layer_norm1.", ".norm1."),
-        (".layer_norm2.", ".norm2."), (".self_attn.q_proj.", ".attn.q."),
-        (".self_attn.k_proj.", ".attn.k."), (".self_attn.v_proj.", ".attn.v."),
-        (".self_attn.out_proj.", ".attn.proj."),
-    ],
-    "google": [
-        ("cls", "cls_token"), ("Transformer/posembed_input/pos_embedding", "pos_embed"),
-        ("embedding/", "patch_embed.proj."), ("Transformer/encoderblock_", "blocks."),
-        ("/LayerNorm_0/", ".norm1."), ("/LayerNorm_2/", ".norm2."),
-        ("/MultiHeadDotProductAttention_1/", ".attn."), ("query/", "q."), ("key/", "k."),
-        ("value/", "v."), ("out/", "proj."), ("/MlpBlock_3/Dense_0/", ".mlp.fc1."),
-        ("/MlpBlock_3/Dense_1/", ".mlp.fc2."),
-        ("Transformer/encoder_norm/", "norm."), ("pre_logits/", "pre_logits.fc."),
-        ("head/", "head."), ("kernel", "weight"), ("scale", "weight"),
-    ],
-    "nemo": nemo_file.NAMES,
-}
-HF_PREFIX = r"^(deit|dinov2|dinov2_with_registers|vision_model)\."  # read as `vit.`
-# Where a file is silent: of a format, or of all its files that have a weight whose name is like it.
-_TIMM = dict(layernorm_eps=1e-6, gelu_approximate="none", mean=(0.5,) * 3, std=(0.5,) * 3,
-             pool="token")
-_IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-_CLIP = dict(layernorm_eps=1e-5, mean=(0.48145466, 0.4578275, 0.40821073),
-             std=(0.26862954, 0.26130258, 0.27577711))
-SILENT = {"timm": _TIMM, "google": _TIMM, "hf": _TIMM | dict(layernorm_eps=1e-12),
-          "torchvision": _TIMM | _IMAGENET, "nemo": _TIMM | _IMAGENET}
-SILENT_WITH = [
-    (r"decoder|mask_token|fc_norm|dist_token|.*(gamma|lambda1)$", _IMAGENET),  # MAE, DINOv2, DeiT
-    (r"vit.*lambda1$", dict(layernorm_eps=1e-6)),
-    (r"vit.*layer_norm1", dict(layernorm_eps=1e-6, gelu_approximate="tanh")),  # SigLIP
-    (r"norm_pre", _CLIP), (r"vit.pre_layrnorm", _CLIP | dict(gelu_approximate="quick")),
-    (r"fc_norm", dict(pool="mean")),
-]
-# (like a file's names, what that is). What is left out; its heads too, where they read something
-# else than ours; and what makes it another model.
-WITHOUT = [(r"(vit\.embeddings\.)?mask_token|decoder[._]", "what masked images are completed with"),
-           (r"text_|logit_|visual_projection", "the text tower and projections"),
-           (r"vit\.head\.|attn_pool\.", "attention pooling"),
-           (r".*position_ids$", "numbers of positions")]
-HEADS = r"(head|head_dist|classifier|cls_classifier|distillation_classifier)\."
-OTHER_HEADS = [(r"head_dist|distillation_classifier", "two tokens"),
-               (r"attn_pool", "attention pooling"), (r"vit.pre_layrnorm", "tokens without norm"),
-               (r"vit.*lambda1$", "token 0 and the mean")]
-UNLIKE = [(r".*\b(w12|weights_in|gate_proj|fc1_g)\.", "SwiGLU"), (r".*(rope|rotary)", "rotary "
-          "positions"), (r".*(relative_position|rel_pos)", "relative positions"),
-          (r".*\b[qk]_norm\.", "norms of q and k")]
 TOLD = ("image_size", "num_attention_heads", "layernorm_eps", "gelu_approximate", "mean", "std",
         "crop_ratio", "precision", "classes", "pool", "layerscale")  # what shapes do not tell
 SHAPE = ("hidden_size", "ffn_hidden_size", "num_layers", "patch_size", "num_attention_heads",
          "num_channels", "num_class_tokens", "pre_norm")  # what makes another model; four name it
-GELU = {None: None, "gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh",
-        "quick_gelu": "quick"}  # Hugging Face's words
-# config.json beside them describes them
-HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-             "pytorch_model.bin.index.json")
 
 
 class Weights(NamedTuple):
     """A ViT's full weights under our names, and what goes with them."""
-    format: str                         # a key of NAMES, or "a checkpoint"
+    format: str                         # a key of formats.NAMES, or "a checkpoint"
     tensors: dict[str, torch.Tensor]
     facts: dict                         # the sizes that shapes tell, and of TOLD what is known
-
-
-def rename(name: str, pairs) -> str:
-    """Replaces each first text of a pair by its second, in one pass; the earlier pair wins."""
-    table = dict(reversed(pairs))
-    return re.sub("|".join(map(re.escape, table)), lambda m: table[m[0]], name) if table else name
 
 
 # ----------------------------------------------------------------------------- in
@@ -159,9 +66,10 @@ def read_weights(path: str | Path, image_size: int | tuple[int, int] | None = No
     (or a hub's folder), torchvision or Google (.npz), which its names tell, or LIBRARY:NAME.
 
     Sizes come from the tensors' shapes, the rest from our files' facts or a hub's config.json, else
-    SILENT. image_size (pixels; the file's own) is needed where its patches are no square and it
-    does not tell. which: of a checkpoint, its average ("ema") or the "model"; None: the average, if
-    it has one. Raises ValueError for a file that cannot be read, is no ViT, or is not complete.
+    from formats.SILENT. image_size (pixels; the file's own) is needed where its patches are no
+    square and it does not tell. which: of a checkpoint, its average ("ema") or the "model"; None:
+    the average, if it has one. Raises ValueError for a file that cannot be read, is no ViT, or is
+    not complete.
     """
     library, _, name = str(path).partition(":")
     file = None if library in hub.LIBRARIES else find_file(Path(path))
@@ -179,7 +87,7 @@ def find_file(path: Path) -> Path:
     """The file of a hub's folder, the index of a file in parts, the newest checkpoint of an output
     directory; else the path itself."""
     index = Path(re.sub(r"-\d+-of-\d+(\.\w+)$", r"\1.index.json", str(path)))
-    file = next((file for file in (*(path / name for name in HUB_FILES), index) if file.exists()),
+    file = next((file for file in (*(path / name for name in hub.FILES), index) if file.exists()),
                 path)
     return newest_checkpoint(file) if file.is_dir() else file
 
@@ -188,7 +96,7 @@ def open_file(path: Path, which: str | None = None) -> tuple[dict[str, torch.Ten
     """The tensors of a file or checkpoint under their own names, and what it tells of TOLD."""
     if not path.exists():
         raise ValueError("there is no such file")
-    if not (path.is_dir() or path.name in HUB_FILES
+    if not (path.is_dir() or path.name in hub.FILES
             or path.suffix in (".pt", ".pth", ".bin", ".safetensors", ".npz", ".nemo")):
         raise ValueError("its name must end in .pt, .pth, .bin, .safetensors, .npz or .nemo, or it "
                          "must be a checkpoint directory")
@@ -214,7 +122,7 @@ def open_file(path: Path, which: str | None = None) -> tuple[dict[str, torch.Ten
     if not isinstance(raw, dict) or not all(
             isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in raw.items()):
         raise ValueError("it is not a dictionary of named tensors")
-    told = told or _hub_facts(path)
+    told = told or hub.facts_beside(path)
     return raw, {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k in TOLD}
 
 
@@ -244,57 +152,12 @@ def _load(path: Path, average: bool = False) -> tuple[dict[str, torch.Tensor], d
     return raw, told
 
 
-def _hub_facts(path: Path) -> dict:
-    """What config.json (Hugging Face's or timm's) and preprocessor_config.json beside a hub's file
-    tell. Raises ValueError for an activation that is not GELU."""
-    beside = [path.with_name(name) for name in ("config.json", "preprocessor_config.json")]
-    config, pixels = (json.loads(file.read_text()) if path.name in HUB_FILES and file.exists()
-                      else {} for file in beside)
-    timm, quick = config.get("pretrained_cfg", {}), "quickgelu" in config.get("architecture", "")
-    config = config.get("vision_config", config)                               # CLIP's other half
-    gelu = config.get("hidden_act", "quick_gelu" if quick else None)
-    if gelu not in GELU:
-        raise ValueError(f"config.json says hidden_act {gelu}; legal: {', '.join(list(GELU)[1:])}")
-    told = dict(
-        num_attention_heads=config.get("num_attention_heads"),
-        layernorm_eps=config.get("layer_norm_eps"), gelu_approximate=GELU[gelu],
-        pool=hub.POOL.get(config.get("global_pool")),
-        image_size=config.get("image_size", timm.get("input_size", [None])[1:]) or None,
-        mean=timm.get("mean", pixels.get("image_mean")),
-        std=timm.get("std", pixels.get("image_std")), crop_ratio=timm.get("crop_pct"))
-    return {name: value for name, value in told.items() if value is not None}
-
-
 def _interpret(raw: dict[str, torch.Tensor], told: dict,
                image_size) -> tuple[str, dict[str, torch.Tensor], dict]:
     """(format, tensors under our names and in our shapes, facts) of a file's own tensors.
     Raises ValueError if they are not exactly those of a ViT, a head excepted."""
-    raw = {re.sub(HF_PREFIX, "vit.", name): x for name, x in raw.items()}
-    if any(name.startswith("embeddings.") for name in raw):  # a backbone of Hugging Face
-        raw = {"vit." + name: x for name, x in raw.items()}
-
-    def those(table):
-        return [what for like, what in table if any(re.match(like, name) for name in raw)]
-    assumed, left_out, unlike = those(SILENT_WITH), those(WITHOUT), those(UNLIKE)
-    if unlike:
-        raise ValueError(f"it has {', '.join(unlike)}, which this program does not")
-    drop = [like for like, _ in WITHOUT]
-    if heads := [name for name in raw if re.match(HEADS, name)] and those(OTHER_HEADS):
-        drop, left_out = [*drop, HEADS], [*left_out, f"the head, which reads {heads[0]}"]
-    raw = {name: x for name, x in raw.items() if not any(re.match(like, name) for like in drop)}
-    named = {fmt: {rename(name, pairs): name for name in raw} for fmt, pairs in NAMES.items()}
-    fmt = next((fmt for fmt in NAMES if "patch_embed.proj.weight" in named[fmt]), None)
-    if fmt is None:
-        raise ValueError(f"it is not a ViT of {', '.join(NAMES)}; its names begin with "
-                         f"{', '.join(list(raw)[:4])}")
-    names = named[fmt]                                                         # {ours: theirs}
-    tensors = {ours: raw[theirs] for ours, theirs in names.items()}
-    try:
-        sizes = _to_ours(fmt, tensors, names)
-    except (KeyError, IndexError, RuntimeError, ValueError) as e:
-        raise ValueError(f"it looks like {fmt}'s, but is no ViT with positions, or is incomplete: "
-                         f"{e!r}") from e
-    facts = dict(ChainMap({"left_out": left_out}, sizes, told, *reversed(assumed), SILENT[fmt]))
+    fmt, tensors, theirs, twice, sizes, assumed, left_out = to_ours(raw)
+    facts = {**assumed, **told, **sizes, "left_out": left_out}
     facts["image_size"] = image_size or told.get("image_size")
     if sizes["layerscale"]:
         facts["layerscale"] = told.get("layerscale", sizes["layerscale"])
@@ -303,7 +166,6 @@ def _interpret(raw: dict[str, torch.Tensor], told: dict,
     tensors["pos_embed"], facts["image_size"] = _positions(tensors["pos_embed"], facts)
     config = ViTConfig(**{"num_attention_heads": 1, **sizes, "image_size": facts["image_size"],
                           "pool": facts["pool"]})
-
     with torch.device("meta"):
         expected = {name: x.shape for name, x in ViT(config).named_parameters()}
     missing, head = expected.keys() - tensors.keys(), {"head.weight", "head.bias"}
@@ -311,53 +173,12 @@ def _interpret(raw: dict[str, torch.Tensor], told: dict,
            "missing": missing - head if head <= missing else missing,
            "misshapen": {name for name in tensors.keys() & expected.keys()
                          if tensors[name].shape != expected[name]}}
-    odd = [f"{len(found)} {kind} ({', '.join(sorted(names.get(n, n) for n in found)[:3])})"
+    odd = [f"{len(found)} {kind} ({', '.join(sorted(theirs.get(n, n) for n in found)[:3])})"
            for kind, found in odd.items() if found]
-    if odd or len(names) != len(raw):
+    if odd or twice:
         raise ValueError(f"it is of {fmt}'s form, but not this model: "
                          f"{'; '.join(odd) or 'some weights are there under two names'}")
     return fmt, tensors, facts
-
-
-def _to_ours(fmt: str, tensors: dict[str, torch.Tensor], theirs: dict[str, str]) -> dict:
-    """Brings renamed tensors into our shapes, in place; returns the sizes that the shapes tell."""
-    sizes = {}
-    if fmt == "google":  # Flax: kernels [in, out], convolutions [p, p, C, D], heads apart
-        sizes["num_attention_heads"] = tensors["blocks.0.attn.q.weight"].shape[1]  # [D, nh, hd]
-        for name, x in tensors.items():
-            if x.ndim == 4:
-                tensors[name] = x.permute(3, 2, 0, 1)                          # [D, C, p, p]
-            elif theirs[name].endswith("kernel"):                # out is [nh, hd, D], q, k, v above
-                tensors[name] = (x.flatten(0, -2) if ".attn.proj." in name else x.flatten(1)).T
-            elif ".attn." in name:
-                tensors[name] = x.flatten()                                    # bias [nh, hd]
-    for name in [name for name in tensors if ".attn.q." in name]:
-        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
-        if all(part in tensors for part in parts):
-            fused = name.replace(".attn.q.", ".attn.qkv.")
-            tensors[fused] = torch.cat([tensors.pop(part) for part in parts])
-    weight = tensors["patch_embed.proj.weight"]                                # [D, C, p, p]
-    D = weight.shape[0]
-    tensors["pos_embed"] = tensors["pos_embed"].reshape(1, -1, D)              # CLIP's is [S, D]
-    tokens = [tensors.pop(name).reshape(1, -1, D)  # registers are further class tokens
-              for name in ("cls_token", "dist_token", "reg_token") if name in tensors]
-    if tokens:
-        tensors["cls_token"] = torch.cat(tokens, dim=1)
-    pre_norm = "norm_pre.weight" in tensors
-    if pre_norm:  # CLIP has no bias before it
-        tensors.setdefault("patch_embed.proj.bias", torch.zeros(D))
-    fc1, fc2 = (tensors[f"blocks.0.mlp.fc{i}.weight"] for i in (1, 2))         # [F, D], [D, F]
-    if len(fc1) == 2 * fc2.shape[1]:
-        raise ValueError("it has SwiGLU, which this program does not")
-    if "head.weight" in tensors:
-        sizes["num_classes"] = tensors["head.weight"].shape[0]
-    return sizes | dict(
-        hidden_size=D, num_channels=weight.shape[1], pre_norm=pre_norm,
-        layerscale=1e-5 if "blocks.0.ls1.gamma" in tensors else 0.0,
-        fc_norm="fc_norm.weight" in tensors, num_class_tokens=sum(x.shape[1] for x in tokens),
-        patch_size=weight.shape[3], ffn_hidden_size=len(fc1),
-        num_layers=1 + max(int(n.split(".")[1]) for n in tensors if n.startswith("blocks.")),
-        head="mlp" if "pre_logits.fc.weight" in tensors else "linear")
 
 
 def _positions(pos: torch.Tensor, facts: dict) -> tuple[torch.Tensor, int | tuple[int, int]]:
@@ -491,46 +312,6 @@ def load_weights(model: ViT, fitted: dict[str, torch.Tensor]) -> None:
 
 
 # ----------------------------------------------------------------------------- out
-def to_format(tensors: dict[str, torch.Tensor], vit: ViTConfig,
-              fmt: str) -> dict[str, torch.Tensor]:
-    """Our full weights under the names of timm, hf or torchvision, complete for strict loading.
-
-    More than one class token is a class token and registers (reg_tokens=P-1) in timm, where patches
-    have no bias before norm_pre: here it is added to their positions.
-    Raises ValueError for a model that the library does not have, saying what to change.
-    """
-    count, (height, width), tensors = vit.num_class_tokens, vit.image_hw, dict(tensors)
-    plain = dict(pool="token", fc_norm=False, layerscale=0.0, pre_norm=False)
-    other = [f"{flag_name(name)} {getattr(vit, name)}" for name, value in plain.items()
-             if getattr(vit, name) != value]
-    other += ["--gelu-approximate quick"] if vit.gelu_approximate == "quick" else []
-    if other and fmt != "timm":
-        raise ValueError(f"--format {fmt} has no {', '.join(other)}, which this model has: use "
-                         f"--format timm")
-    if vit.head == "mlp" and fmt != "torchvision":
-        raise ValueError(f"--format {fmt} has no place for the pretraining head (--head mlp): "
-                         f"fine-tune with --head linear first, or use --format torchvision")
-    if count > 1 and fmt != "timm":
-        raise ValueError(f"--format {fmt} has one class token, this model has {count}: use "
-                         f"--format timm (reg_tokens={count - 1})")
-    if fmt == "torchvision" and (height != width or vit.num_channels != 3
-                                 or vit.gelu_approximate != "none"):
-        raise ValueError("--format torchvision has square images, 3 channels and exact GELU only: "
-                         "use --format timm")
-    if count > 1:
-        cls_token, registers = tensors["cls_token"].split([1, count - 1], dim=1)
-        tensors |= {"cls_token": cls_token, "reg_token": registers}
-    if vit.pre_norm:
-        bias = tensors.pop("patch_embed.proj.bias")
-        tensors["pos_embed"] = torch.cat([tensors["pos_embed"][:, :count],
-                                          tensors["pos_embed"][:, count:] + bias], dim=1)
-    for name in [name for name in tensors if fmt == "hf" and ".attn.qkv." in name]:
-        for part, x in zip("qkv", tensors.pop(name).chunk(3), strict=True):
-            tensors[name.replace("qkv", part)] = x
-    back = [(ours, theirs) for theirs, ours in NAMES[fmt]]
-    return {rename(name, back): x for name, x in tensors.items()}
-
-
 def write_weights(path: str | Path, tensors: dict[str, torch.Tensor], vit: ViTConfig, fmt: str,
                   facts: dict, dtype: torch.dtype = torch.float32) -> str:
     """Writes to_format's weights to a .pt or .safetensors file, whole or not at all, and returns
