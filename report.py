@@ -13,12 +13,10 @@ the others leave. Beside what evaluate.py scores:
                   token that is read; rollout e (A_L + I)/2 ... (A_1 + I)/2 (arXiv:2005.00928)
     weights       cosines of the position embeddings, principal components of the patch filters
 
-Charts are SVG, other pictures JPEG and PNG inside the page; report.css is its look.
+Charts are SVG, other pictures JPEG and PNG inside the page (figures.py); report.css is its look.
 """
 
-import base64
 import contextlib
-import io
 import json
 import math
 import os
@@ -36,6 +34,7 @@ from PIL import Image
 from checkpoint import newest_checkpoint, read_meta, write_atomically
 from configs import EvalConfig, ReportConfig, TrainConfig, ViTConfig, parse, to_plain
 from evaluate import Predictions, class_scores, confusions, open_model, predict, sample, tell
+from figures import chart, figure, img, mosaic, viridis
 from model import LastBlock
 from parallel import Grid
 from runtime import Run, run_program, user_errors
@@ -130,62 +129,7 @@ def settings(opened: list[Opened]) -> str:
         for key, row in rows.items() if set(map(str, row)) != {str(usual[key])}) + "</table></div>"
 
 
-# ----------------------------------------------------------------------------- charts
-def ticks(low: float, high: float, scale=float) -> list[tuple[float, str]]:
-    """(place, label) of round numbers x in low <= scale(x) <= high: about five; on a log scale
-    powers of ten, and their double and half where these are few."""
-    numbers = [m * 10.0 ** power for power in range(-12, 13) for m in (1, 2, 5)]
-    if scale is float:
-        step = next(number for number in numbers if number >= (high - low) / 5)
-        numbers = [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
-    elif high - low > 5:
-        numbers = numbers[::3]
-    slack = 1e-9 * (high - low)
-    return [(scale(x), f"{x:,.6g}") for x in numbers if low - slack <= scale(x) <= high + slack]
-
-
-def chart(title: str, unit: str, series: list[tuple], x_label: str, scale=float, marks=()) -> str:
-    """A figure of lines with axes, or nothing without a point.
-
-    series: (name, a colour of report.css, whether points are marked, [(x, y), ...]); of more than
-    240 points, means of neighbours. scale: of y, float or math.log; marks: dashed at these x.
-    """
-    lines = []
-    for *style, points in series:
-        points = [(x, scale(y)) for x, y in points if y > 0 or scale is float]
-        size = max(math.ceil(len(points) / 240), 1)
-        means = [np.mean(points[i:i + size], 0) for i in range(0, len(points), size)]
-        lines += [(*style, means)] if points else []
-    if not lines:
-        return ""
-    points = np.concatenate([means for *_, means in lines])
-    width, height, left, right, top, bottom = 380, 230, 50, 370, 10, 192
-    (x0, y0), (x1, y1) = np.min(points, 0), np.max(points, 0)
-    x1, y0 = max(x1, x0 + 1), min(y0, 0) if scale is float else y0 - 0.1
-    y1 = max(y1, y0 + 1e-6)
-
-    def at(x, y):
-        return (f"{left + (x - x0) / (x1 - x0) * (right - left):.1f} "
-                f"{bottom - (y - y0) / (y1 - y0) * (bottom - top):.1f}")
-    svg, keys = f'<text class="end" x="{right}" y="{height - 6}">{x_label}</text>', ""
-    for y, label in ticks(y0, y1, scale):
-        svg += (f'<path class="grid" d="M{at(x0, y)}L{at(x1, y)}"/><text class="end" dy="4" '
-                f'x="{left - 6}" y="{at(x0, y).split()[1]}">{label}</text>')
-    for x, label in ticks(x0, x1):
-        svg += f'<text class="middle" x="{at(x, y0).split()[0]}" y="{bottom + 16}">{label}</text>'
-    for x in marks:
-        svg += f'<path class="mark" d="M{at(x, y0)}L{at(x, y1)}"/>'
-    for name, colour, dots, means in lines:
-        places = [at(*point) for point in means]
-        svg += f'<path class="line" style="stroke:var({colour})" d="M{"L".join(places)}"/>'
-        for x, y in map(str.split, places if dots else ()):
-            svg += f'<circle cx="{x}" cy="{y}" r="2.5" style="fill:var({colour})"/>'
-        keys += (f'<span class="key{" dots" if dots else ""}" style="--c:var({colour})">'
-                 f"{esc(name)}</span>" if name else "")
-    return (f"<figure><figcaption><b>{title}</b> {unit} {keys}</figcaption><svg role=img "
-            f'viewBox="0 0 {width} {height}" aria-label="{title}">{svg}</svg></figure>')
-
-
+# ----------------------------------------------------------------------------- curves
 def curves(opened: list[Opened]) -> str:
     """What metrics.jsonl holds, over steps, all runs in one chart."""
     many = len(opened) > 1
@@ -215,10 +159,10 @@ def classes(one: Opened, table: Predictions) -> str:
     rows = [row for row in class_scores(table, one.names) if row[1]]
 
     def bars(title, rows):
-        return f"<figure><figcaption><b>{title}</b></figcaption><table class=bars>" + "".join(
+        return figure(title, below="<table class=bars>" + "".join(
             f'<tr><th>{esc(name)}</th><td class="bar" style="--v:{100 * top1:.1f}%"></td>'
             f"<td>{100 * top1:.1f} % of {images:,}</td>" for name, images, top1, *_ in rows
-        ) + "</table></figure>"
+        ) + "</table>")
     if len(one.names) <= MATRIX:
         return f'<div class="runs">{bars("Accuracy", rows)}{matrix(one, table)}</div>'
     rows = sorted(rows, key=lambda row: row[2])
@@ -228,8 +172,8 @@ def classes(one: Opened, table: Predictions) -> str:
     return ('<div class="charts">' + chart(
         "Accuracy", "%", [("", "--c0", False, ranked)], "% of the classes, lowest first")
         + bars("Lowest", rows[:LIST]) + bars("Highest", rows[:-LIST - 1:-1])
-        + '<figure><figcaption><b>Most confused pairs</b></figcaption><table class="lines"><tr>'
-        f"<th>class</th><td>taken for</td><td>images</td>{pairs}</table></figure></div>")
+        + figure("Most confused pairs", below='<table class="lines"><tr><th>class</th><td>taken '
+                 f"for</td><td>images</td>{pairs}</table>") + "</div>")
 
 
 def matrix(one: Opened, table: Predictions) -> str:
@@ -242,8 +186,8 @@ def matrix(one: Opened, table: Predictions) -> str:
             f'<td class="{"hit" if i == j else "miss"}" title="{esc(name)} taken for {esc(other)}" '
             f'style="--v:{100 * (found[i, j] / total) ** 0.5:.0f}%">{found[i, j] or ""}'
             for j, other in enumerate(names))
-    return ('<figure class="wide"><figcaption><b>Confusions</b> rows are classes, columns '
-            f'predictions</figcaption><table class="matrix">{rows}</table></figure>')
+    return figure("Confusions", "rows are classes, columns predictions", kind="wide",
+                  below=f'<table class="matrix">{rows}</table>')
 
 
 # ----------------------------------------------------------------------------- calibration
@@ -278,16 +222,6 @@ def calibration(opened: list[Opened], tables: list[Predictions]) -> str:
 
 
 # ----------------------------------------------------------------------------- images
-def img(image: Image.Image, title: str = "", kind: str = "JPEG") -> str:
-    """An element that holds its picture; a JPEG at most 160 pixels wide and high."""
-    file = io.BytesIO()
-    if kind == "JPEG":
-        image.thumbnail((160, 160))
-    image.save(file, kind, quality=85)
-    text = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="" title="{esc(title)}" src="data:image/{kind.lower()};base64,{text}">'
-
-
 def view(one: Opened, index: int) -> tuple[torch.Tensor, Image.Image]:
     """What the model sees of a validation image, uint8 [3, H, W]: both are the same pixels."""
     pixels, *_ = one.loader.dataset[0, index]
@@ -300,14 +234,15 @@ def tiles(one: Opened, table: Predictions, indices: list[int]) -> str:
     for index in indices:
         label, best = int(table.labels[index]), int(table.classes[index, 0])
         kind, truth = ("right",) * 2 if label == best else ("wrong", f"is {esc(one.names[label])}")
-        found += (f'<figure class="{kind}">{img(view(one, index)[1], one.images.name(index))}'
-                  f"{caption(one, table, index)}<br>{truth}</figcaption></figure>")
+        found += figure(*guess(one, table, index, f"<br>{truth}"), kind=kind,
+                        above=img(view(one, index)[1], one.images.name(index)))
     return f'<div class="tiles">{found or "There is none."}</div>'
 
 
-def caption(one: Opened, table: Predictions, index: int) -> str:
-    return (f"<figcaption><b>{esc(one.names[int(table.classes[index, 0])])}</b> "
-            f"{100 * table.probabilities[index, 0]:.1f}&nbsp;%")
+def guess(one: Opened, table: Predictions, index: int, more: str = "") -> tuple[str, str]:
+    """The class that an image was taken for, and how surely."""
+    return (esc(one.names[int(table.classes[index, 0])]),
+            f"{100 * table.probabilities[index, 0]:.1f}&nbsp;%{more}")
 
 
 def mistakes(one: Opened, table: Predictions) -> str:
@@ -315,16 +250,6 @@ def mistakes(one: Opened, table: Predictions) -> str:
     wrong = ((table.labels >= 0) & ~table.right[:, 0]).nonzero()[:, 0]
     surest = table.probabilities[wrong, 0].argsort(descending=True, stable=True)
     return tiles(one, table, wrong[surest[:TILES]].tolist())
-
-
-# Of matplotlib's viridis (CC0): even steps of lightness, the same to colour-blind eyes.
-VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
-
-
-def viridis(values: np.ndarray) -> np.ndarray:
-    """Values in 0..1 [...] -> colours uint8 [..., 3]."""
-    at = np.linspace(0, 1, len(VIRIDIS))
-    return np.stack([np.interp(values, at, channel) for channel in VIRIDIS.T], -1).astype(np.uint8)
 
 
 @torch.no_grad()
@@ -364,8 +289,7 @@ def attention(one: Opened, table: Predictions) -> str:
             heat = Image.fromarray(viridis(grid / grid.max()))
             heat = heat.resize(image.size, Image.Resampling.BICUBIC)
             shown.append(Image.blend(image.convert("L").convert("RGB"), heat, 0.7))
-        found += (f'<figure class="three">{"".join(map(img, shown))}'
-                  f"{caption(one, table, index)}</figcaption></figure>")
+        found += figure(*guess(one, table, index), above="".join(map(img, shown)), kind="three")
     return f'<div class="tiles">{found}</div>'
 
 
@@ -390,16 +314,8 @@ def weights(one: Opened) -> str:
                 f"The first {count} principal components of {len(flat)} filters, "
                 f"{100 * share[:count].sum():.0f} % of their variance; grey is zero.")]
     return '<div class="tiles">' + "".join(
-        f'<figure class="big">{img(mosaic(cells), kind="PNG")}<figcaption><b>{title}</b> {text}'
-        f"</figcaption></figure>" for cells, title, text in figures) + "</div>"
-
-
-def mosaic(cells: np.ndarray) -> Image.Image:
-    """Pictures uint8 [rows, columns, h, w, 3] side by side, one clear pixel between them."""
-    cells = np.pad(cells, [(0, 0)] * 4 + [(0, 1)], constant_values=255)        # opaque
-    cells = np.pad(cells, [(0, 0)] * 2 + [(0, 1)] * 2 + [(0, 0)])              # clear
-    rows, columns, h, w, _ = cells.shape
-    return Image.fromarray(cells.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, 4))
+        figure(title, text, above=img(mosaic(cells), kind="PNG"), kind="big")
+        for cells, title, text in figures) + "</div>"
 
 
 # ----------------------------------------------------------------------------- the command

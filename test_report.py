@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import evaluate
+import figures
 import model
 import report
 from configs import ReportConfig, parse
@@ -98,13 +99,13 @@ def test_attention_is_what_the_blocks_compute(monkeypatch, mean):
 
 # ----------------------------------------------------------------------------- charts
 def test_ticks_are_round_and_within():
-    assert report.ticks(0, 90_000) == [(20_000 * i, f"{20_000 * i:,}") for i in range(5)]
-    assert [label for _, label in report.ticks(-0.2, 0.3)] == ["-0.2", "-0.1", "0", "0.1", "0.2",
-                                                               "0.3"]
-    log = report.ticks(np.log(0.15), np.log(7), np.log)
+    assert figures.ticks(0, 90_000) == [(20_000 * i, f"{20_000 * i:,}") for i in range(5)]
+    assert [label for _, label in figures.ticks(-0.2, 0.3)] == ["-0.2", "-0.1", "0", "0.1", "0.2",
+                                                                "0.3"]
+    log = figures.ticks(np.log(0.15), np.log(7), np.log)
     assert [label for _, label in log] == ["0.2", "0.5", "1", "2", "5"]
     assert log[2][0] == 0
-    assert [label for _, label in report.ticks(np.log(0.15), np.log(1e4), np.log)] == [
+    assert [label for _, label in figures.ticks(np.log(0.15), np.log(1e4), np.log)] == [
         "1", "10", "100", "1,000", "10,000"]
 
 
@@ -112,24 +113,24 @@ def test_a_chart_draws_means_of_many_points_in_its_frame():
     """1,000 points become 200 means of five; everything lies in the frame; a log axis leaves out
     what has no logarithm; without a point there is no chart."""
     points = [(x, 1000 - x) for x in range(1000)]
-    svg = report.chart("T", "u", [("name", "--c0", True, points)], "x")
+    svg = figures.chart("T", "u", [("name", "--c0", True, points)], "x")
     places = [tuple(map(float, p)) for p in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)]
     assert len(places) == 200 and places == sorted(places) and "name" in svg
     assert all(50 <= x <= 370 and 10 <= y <= 192 for x, y in places)
     assert places[0] == (50, 10) and places[-1][0] == 370
-    log = report.chart("T", "u", [("", "--c0", True, [(0, 0.0), (1, 1.0), (2, 10.0)])], "x",
-                       report.math.log)
+    log = figures.chart("T", "u", [("", "--c0", True, [(0, 0.0), (1, 1.0), (2, 10.0)])], "x",
+                       figures.math.log)
     assert log.count("<circle") == 2
-    assert report.chart("T", "u", [("", "--c0", True, [])], "x") == ""
+    assert figures.chart("T", "u", [("", "--c0", True, [])], "x") == ""
 
 
 def test_pictures_are_laid_side_by_side():
     cells = np.arange(2 * 3 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 3, 4, 5, 3)
-    sheet = np.asarray(report.mosaic(cells))
+    sheet = np.asarray(figures.mosaic(cells))
     assert sheet.shape == (10, 18, 4)
     assert (sheet[5:9, 12:17, :3] == cells[1, 2]).all() and (sheet[5:9, 12:17, 3] == 255).all()
     assert (sheet[4, :, 3] == 0).all() and (sheet[:, 5, 3] == 0).all()
-    ends = report.viridis(np.array([[0.0, 0.5, 1.0]]))
+    ends = figures.viridis(np.array([[0.0, 0.5, 1.0]]))
     assert ends.tolist() == [[[68, 1, 84], [33, 145, 140], [253, 231, 37]]]
 
 

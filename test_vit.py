@@ -130,7 +130,7 @@ MAY_IMPORT = {
     "train": "configs recipes parallel model augment data checkpoint resume plan meter runtime "
              "evaluate "
              "weights report",
-    "report": "configs parallel model checkpoint runtime evaluate",
+    "figures": "", "report": "configs parallel model checkpoint runtime evaluate figures",
     "kernels": "configs parallel model", "peer": "configs parallel model",
     "benchmark": "configs parallel model augment data checkpoint plan meter runtime train"}
 
