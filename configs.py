@@ -330,10 +330,18 @@ class Step(Compute):
 class TrainConfig(Step, Loader):
     """train.py: one run."""
 
-    data: str = flag("shapes", "folder with train/CLASS/* and val/CLASS/*, or 'shapes' (drawn)")
+    data: str = flag("shapes", "folder with train/CLASS/* and val/CLASS/*, or with CLASS/* alone; "
+                     "for either of the two also tars, which are read where they lie: *train*.tar "
+                     "and *val*.tar, of ILSVRC2012 or WebDataset; or 'shapes' (drawn)")
     val_labels: str | None = flag(
-        None, "file with the classes of images that lie flat in DATA/val: lines of 'NAME CLASS', "
-        "or ImageNet's LOC_val_solution.csv", data=FOLDER)
+        None, "file with the classes of images that lie flat in DATA/val or in val's tar: lines of "
+        "'NAME CLASS', or ImageNet's LOC_val_solution.csv", data=FOLDER)
+    val_share: float | None = flag(
+        None, "share of the images that validate where DATA has no val, chosen by a hash of their "
+        "paths (default: 0.1)", SHARE, data=FOLDER)
+    index: str | None = flag(
+        None, "file with the index of DATA's tars, made where there is none (default: "
+        "OUTPUT_DIR/index.npz)", data=FOLDER)
     output_dir: str = flag("output", "checkpoints, metrics.jsonl, TensorBoard")
     epochs: float = flag(300.0, "length of the run in images seen, without --max-steps", POSITIVE)
     warmup_epochs: float | None = flag(None, "instead of --warmup-steps", NOT_NEGATIVE)
@@ -384,14 +392,18 @@ class EvalConfig(Untold, Compute, Loader):
 
     checkpoint: str | None = flag(None, "weights: an output directory or checkpoint of this "
                                   "program, or a file that --init-from takes")
-    data: str | None = flag(None, "score DATA/val/CLASS/*, or DATA/CLASS/*, or 'shapes'; a CLASS "
-                            "may be a number of the model's, as in ImageNet-V2")
+    data: str | None = flag(None, "score DATA/val/CLASS/*, or DATA/CLASS/*, or train.py's tars, or "
+                            "'shapes'; a CLASS may be a number of the model's, as in ImageNet-V2")
     val_labels: str | None = also(TrainConfig, "val_labels")
     real_labels: str | None = flag(
         None, "ReaL's real.json: also score ImageNet's validation images against its lists of "
         "labels (arXiv:2006.07159)", data=FOLDER)
-    predict: str | None = flag(None, "classify this image, or every image below this folder: "
-                               "predictions.csv and .png in --output-dir")
+    val_share: float | None = flag(
+        None, "share of the images that validate where DATA has no val, chosen by a hash of their "
+        "paths (default: as held out in training; 1: all)", SHARE, data=FOLDER)
+    index: str | None = also(TrainConfig, "index")
+    predict: str | None = flag(None, "classify this image, or every image below this folder or in "
+                               "this tar: predictions.csv and .png in --output-dir")
     output_dir: str = flag("output", "where predictions, or the scores of each class, go")
     precision: Literal["fp32", "bf16", "bf16-O2"] | None = flag(
         None, "default: the run's own; fp32 for files of other libraries")

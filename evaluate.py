@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import data
 import sources
+from archives import Index
 from checkpoint import check_writable, write_atomically
 from configs import EvalConfig, parse
 from parallel import Grid, on_rank_0
@@ -260,7 +261,7 @@ def open_model(config: EvalConfig, given: dict, grid: Grid, device: torch.device
     import weights
     source = weights.read_weights(config.checkpoint, config.init_image_size, config.weights)
     told = ("num_attention_heads", "layernorm_eps", "gelu_approximate", "image_size", "mean",
-            "std", "crop_ratio", "precision")
+            "std", "crop_ratio", "precision", "val_share")
     vit, facts = weights.whole_model(source, config.checkpoint,
                                      **{name: getattr(config, name) for name in told})
     if "num_workers" not in given:  # one to a core, else torch warns
@@ -272,7 +273,7 @@ def open_model(config: EvalConfig, given: dict, grid: Grid, device: torch.device
     name, tp = weights.model_name(facts), config.tensor_parallel_size
     micro = config.micro_batch_size or largest_micro_batch(name, tp, device.type == "cuda")
     run = Run(config, vit, grid, device, micro_batch=micro)
-    images = on_rank_0(grid, lambda: open_images(config, vit, facts["classes"]))
+    images = on_rank_0(grid, lambda: open_images(config, vit, facts))
     fitted, report = weights.fit_weights(source, vit)
     model, kernels = build_model(run)
     weights.load_weights(model, fitted)
@@ -282,6 +283,9 @@ def open_model(config: EvalConfig, given: dict, grid: Grid, device: torch.device
     run.log.print(f"model {name or 'of its own shape'} of {config.checkpoint} ({source.format}): "
                   f"{vit.num_params / 1e6:,.2f} M parameters, {vit.num_classes} classes; "
                   f"{'; '.join(report)}")
+    if getattr(images, "share", None):
+        run.log.print(f"{config.data} has no val: {len(images):,} of its images, --val-share "
+                      f"{images.share}, as held out in training; all: --val-share 1")
     run.log.print(f"images {' x '.join(map(str, vit.image_hw))} px, crop ratio {config.crop_ratio},"
                   f" mean {config.mean}, std {config.std}")
     run.log.print(f"batch {micro} x dp {grid.dp.size}; tp {tp}, {grid.world.size} x "
@@ -289,15 +293,19 @@ def open_model(config: EvalConfig, given: dict, grid: Grid, device: torch.device
     return run, model, images, loader, class_names(facts["classes"], vit.num_classes)
 
 
-def open_images(config: EvalConfig, vit, classes: tuple[str, ...]):
+def open_images(config: EvalConfig, vit, facts: dict):
     """The images to score or to predict; raises ValueError if they are not of the model's classes,
     or where the results cannot be written."""
+    classes = facts["classes"]
     if config.predict:
         images = sources.scan_flat(config.predict, "")
         check_writable(Path(config.output_dir))
         return images
+    if config.data != "shapes":
+        sources.check_share(config.data, config.val_share)
     images = sources.open_val(config.data, vit.image_hw, config.val_labels,
-                              list(classes) or list(map(str, range(vit.num_classes))))
+                              list(classes) or list(map(str, range(vit.num_classes))),
+                              facts.get("val_share"), Index.of_run(config))
     if classes:
         sources.check_same_classes(f"the model of {config.checkpoint}", list(classes),
                                    config.data, images.classes)

@@ -174,7 +174,8 @@ def check_same_model(directory: Path, vit: dict, config: dict, classes: list[str
             "drop_patch_rate")
     saved = to_plain(ViTConfig()) | meta["vit"]  # a field that came later: its default
     pairs = [(key, saved[key], value) for key, value in vit.items() if key not in free]
-    pairs += [(key, meta["config"].get(key), config[key]) for key in ("mean", "std")]
+    pairs += [(key, meta["config"].get(key), config.get(key))
+              for key in ("mean", "std", "val_share")]
     differ = [f"{key} {old} (this run: {new})" for key, old, new in pairs if old != new]
     if differ:
         raise ValueError(f"{directory} is a checkpoint of another model: {', '.join(differ)}; give "

@@ -1,4 +1,4 @@
-"""Where images are: a folder of class folders, a flat one with labels, or drawn on the fly.
+"""Where images are: a folder of class folders, a flat one with labels, tars, or drawn on the fly.
 
 A source is what `data` reads; `classes` are its classes' names, and a label is a position there:
 
@@ -12,6 +12,9 @@ A source is what `data` reads; `classes` are its classes' names, and a label is 
 
 import argparse
 import contextlib
+import copy
+import hashlib
+import io
 import json
 import os
 import re
@@ -20,6 +23,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+import archives
 from configs import stable_seed
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -66,7 +70,9 @@ class ImageFolder:
 
     Three arrays, because reading a Python list of paths in forked workers touches the reference
     count of each string and so copies the whole list, page by page, into every worker.
+    `share`, where `hold_out` made it: what part of the images is held out.
     """
+    share = None
 
     def __init__(self, root, split: str, classes: list[str], names: bytes, lengths, labels):
         """names: the paths end to end; lengths: of each, in bytes."""
@@ -78,10 +84,13 @@ class ImageFolder:
     def __len__(self):
         return len(self.labels)
 
+    def path(self, index: int) -> bytes:
+        """The path below ROOT/SPLIT."""
+        return self.names[self.offsets[index]:self.offsets[index + 1]].tobytes()
+
     def name(self, index: int) -> str:
         """The path below ROOT: SPLIT/.../FILE."""
-        path = self.names[self.offsets[index]:self.offsets[index + 1]].tobytes()
-        return os.path.join(self.split, os.fsdecode(path))
+        return os.path.join(self.split, os.fsdecode(self.path(index)))
 
     def read(self, index: int) -> bytes:
         """The bytes of the file, as another decoder than Pillow wants them; raises OSError."""
@@ -92,15 +101,67 @@ class ImageFolder:
         """The decoded image and its label; raises what `decode` raises."""
         return decode(os.path.join(self.root, self.name(index))), int(self.labels[index])
 
+    def subset(self, chosen: np.ndarray):
+        """The images where chosen, bool [n], is true."""
+        part, lengths = copy.copy(self), np.diff(self.offsets)
+        part.names = self.names[np.repeat(chosen, lengths)]
+        part.offsets = np.cumsum([0, *lengths[chosen]], dtype=np.int64)
+        for name in {"labels", "tars", "starts", "sizes"} & set(vars(self)):
+            setattr(part, name, getattr(self, name)[chosen])
+        return part
+
+
+class TarImages(ImageFolder):
+    """The images of a split inside tars below ROOT, by an index of `archives`. `numbered`: their
+    classes are WebDataset's numbers. An image is read by its own open and pread, so that any number
+    of tars, threads and forks is safe."""
+
+    def __init__(self, root, split: str, index: dict[str, np.ndarray]):
+        vars(self).update(index, root=os.fspath(root), split=split)
+        self.classes = self.classes.tolist()
+        self.numbered = not self.classes
+        if self.numbered:
+            self.classes = list(map(str, range(self.labels.max() + 1)))
+
+    def name(self, index: int) -> str:
+        """TAR/PATH."""
+        file, path = str(self.files[self.tars[index]]), os.fsdecode(self.path(index))
+        return f"{file}/{path.removeprefix(archives.stem(file) + '/')}"
+
+    def read(self, index: int) -> bytes:
+        with open(os.path.join(self.root, self.files[self.tars[index]]), "rb", 0) as file:
+            return os.pread(file.fileno(), int(self.sizes[index]), int(self.starts[index]))
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return decode(io.BytesIO(self.read(index))), int(self.labels[index])
+
+
+def scan(data, split: str, index: archives.Index) -> ImageFolder:
+    """The images of a split in the tars that `archives.find` finds, else in class folders. Raises
+    ValueError for images that lie flat, and where `scan_folder` or `Index.of` does."""
+    folder, files = archives.find(data, split)
+    if not files:
+        if index.given:
+            raise ValueError(f"--index {index.path} has no effect: --data {data} holds no tars")
+        return scan_folder(data, split)
+    source = TarImages(folder, split, index.of(folder, split, files, EXTENSIONS))
+    if source.classes == [archives.stem(files[0])]:
+        raise ValueError(f"--data: the images in {files[0]} have no class: they are neither in "
+                         f"CLASS/ nor beside a .cls or .json"
+                         + ("; name their classes with --val-labels" if split == "val" else ""))
+    return source
+
 
 def scan_folder(root, split: str) -> ImageFolder:
     """Lists the images of ROOT/SPLIT/CLASS/**, classes and paths sorted, hidden names left out.
 
     Raises ValueError, with the layout that is expected, for a missing folder, images outside the
-    class folders, no class folder, and class folders without an image.
+    class folders, no class folder, and class folders without an image or named like splits.
     """
     folder = os.path.normpath(os.path.join(root, split))
-    expected = f"expected {os.path.join(folder, 'CLASS', 'image.jpg')}"
+    expected = f"expected {os.path.join(folder, 'CLASS', 'image.jpg')}" + (
+        f", or *{split}*.tar in {root}" if split else
+        ", or train/CLASS/image.jpg, or *train*.tar, and val likewise")
     for path in (root, folder):
         if not os.path.isdir(path):
             raise ValueError(f"--data: no folder {path}; {expected}, or --data shapes")
@@ -129,38 +190,51 @@ def scan_folder(root, split: str) -> ImageFolder:
 
 
 def scan_flat(root, split: str, label_of: dict[str, str] | None = None,
-              classes: list[str] | None = None) -> ImageFolder:
-    """Lists the images of ROOT/SPLIT/**, paths sorted, as `read_labels` classes them. ROOT/SPLIT
-    may also be one image.
+              classes: list[str] | None = None, index: archives.Index | None = None) -> ImageFolder:
+    """Lists the images of ROOT/SPLIT/**, or of its tars, paths sorted, as `read_labels` classes
+    them. ROOT/SPLIT may also be one image.
 
     Without label_of every label is 0. Without classes they are those of label_of, numbers in the
     order of their values. Raises ValueError for a missing or empty folder, and where images, labels
     and classes do not agree.
     """
     folder = os.path.normpath(os.path.join(root, split))
-    if os.path.isfile(folder):
+    where, files = archives.find(root, split)
+    if files:
+        index = index or archives.Index()
+        source = TarImages(where, split, index.of(where, split, files, EXTENSIONS))
+    elif os.path.isfile(folder):
         root, name = os.path.split(folder)
-        return ImageFolder(root, "", [""], os.fsencode(name), [len(os.fsencode(name))], [0])
-    if not os.path.isdir(folder):
+        source = ImageFolder(root, "", [], os.fsencode(name), [len(os.fsencode(name))], [0])
+    elif not os.path.isdir(folder):
         raise ValueError(f"no folder {folder}")
-    paths = sorted(_image_paths(folder))
-    if not paths:
-        raise ValueError(f"not a single image below {folder} ({' '.join(EXTENSIONS)})")
-    labels = [0] * len(paths)
+    else:
+        paths = sorted(_image_paths(folder))
+        if not paths:
+            raise ValueError(f"not a single image below {folder} ({' '.join(EXTENSIONS)})")
+        source = ImageFolder(root, split, [], b"".join(paths), map(len, paths), [0] * len(paths))
+    source.classes, source.labels = classes or [""], np.zeros(len(source), np.int32)
     if label_of is not None:
-        numeric = all(label.isdigit() for label in label_of.values())
-        classes = classes or sorted(set(label_of.values()), key=int if numeric else None)
-        number = {label: i for i, label in enumerate(classes)}
-        stems = [_stem(os.path.basename(os.fsdecode(path))) for path in paths]
-        unknown = [stem for stem, label in label_of.items() if label not in number]
-        for what, odd in (("without a label", set(stems) - set(label_of)),
-                          ("missing", set(label_of) - set(stems)),
-                          ("of a class unknown to the model", unknown)):
-            if odd:
-                raise ValueError(f"--val-labels: {len(odd)} images of {folder} are {what}: "
-                                 f"{_first(sorted(odd))}")
-        labels = [number[label_of[stem]] for stem in stems]
-    return ImageFolder(root, split, classes or [""], b"".join(paths), map(len, paths), labels)
+        _take_labels(source, files[0] if files else folder, label_of, classes)
+    return source
+
+
+def _take_labels(source: ImageFolder, where: str, label_of: dict[str, str],
+                 classes: list[str] | None) -> None:
+    """Classes the images of a flat source by their names; raises ValueError as `scan_flat` says."""
+    numeric = all(label.isdigit() for label in label_of.values())
+    classes = classes or sorted(set(label_of.values()), key=int if numeric else None)
+    number = {label: i for i, label in enumerate(classes)}
+    stems = [_stem(os.path.basename(source.name(i))) for i in range(len(source))]
+    unknown = [stem for stem, label in label_of.items() if label not in number]
+    for what, odd in (("without a label", set(stems) - set(label_of)),
+                      ("missing", set(label_of) - set(stems)),
+                      ("of a class unknown to the model", unknown)):
+        if odd:
+            raise ValueError(f"--val-labels: {len(odd)} images of {where} are {what}: "
+                             f"{_first(sorted(odd))}")
+    source.classes = classes
+    source.labels = np.array([number[label_of[stem]] for stem in stems], np.int32)
 
 
 def read_labels(path) -> dict[str, str]:
@@ -273,38 +347,60 @@ class Shapes:
         return Image.fromarray(np.asarray(image) + noise - np.uint8(16)), label
 
 
-def open_data(data: str, image_hw: tuple[int, int], val_labels: str | None = None):
-    """(train, val) sources of --data: 'shapes', or a folder with train/CLASS/* and val/CLASS/*.
+def open_data(data: str, image_hw: tuple[int, int], val_labels: str | None = None,
+              val_share: float | None = None, index: archives.Index | None = None):
+    """(train, val) sources of --data: 'shapes'; a folder with train/CLASS/* and val/CLASS/*, or
+    with tars in their place; or without val, which `hold_out` then takes from train/CLASS/*, or
+    from CLASS/* in DATA itself.
 
-    Raises ValueError where `open_val` does, and if the two splits differ in their classes.
+    Raises ValueError where `open_val` and `hold_out` do, if the two splits differ in their classes,
+    and for a --val-share that would do nothing.
     """
     if data == "shapes":
         return Shapes(image_hw, "train"), Shapes(image_hw, "val")
-    if val_labels is None:
-        val = open_val(data, image_hw)  # first, because it is quick: what is wrong shows at once
-        train = scan_folder(data, "train")
+    index = index or archives.Index()
+    if not has(data, "val") and val_labels is None:
+        return hold_out(_whole(data, index), data, val_share or VAL_SHARE)
+    check_share(data, val_share)
+    if val_labels is None and not archives.find(data, "train")[1]:
+        val = open_val(data, image_hw, index=index)  # first, because it is quick
+        train = scan(data, "train", index)
     else:
-        train = scan_folder(data, "train")
-        val = open_val(data, image_hw, val_labels, train.classes)
+        train = scan(data, "train", index)
+        val = open_val(data, image_hw, val_labels, train.classes, index=index)
     check_same_classes(f"{data}/train", train.classes, f"{data}/val", val.classes)
     return train, val
 
 
 def open_val(data: str, image_hw: tuple[int, int], val_labels: str | None = None,
-             classes: list[str] | None = None):
-    """The validation source of --data: DATA/val/CLASS/*.
+             classes: list[str] | None = None, val_share: float | None = None,
+             index: archives.Index | None = None):
+    """The validation source of --data: DATA/val/CLASS/*, or tars.
 
     classes: a model's, in its order (the shapes' are not sorted). Folders of these names, or named
     by their numbers 0, 1, ... as ImageNet-V2's, get its labels, others stay sorted; and without a
     folder DATA/val the classes may lie in DATA itself. With val_labels images lie flat in DATA/val,
-    and are of `classes`. Raises ValueError where `scan_folder`, `scan_flat` or `read_labels` does.
+    and are of `classes`. val_share: without val, of which part training held out; 1 and None: all.
+    Raises ValueError where `scan`, `scan_flat`, `read_labels` or `hold_out` does.
     """
     if data == "shapes":
         return Shapes(image_hw, "val")
+    index = index or archives.Index()
     if val_labels is not None:
-        return scan_flat(data, "val", read_labels(val_labels), classes)
-    bare = classes and not os.path.isdir(os.path.join(data, "val"))
-    source = scan_folder(data, "" if bare else "val")
+        return scan_flat(data, "val", read_labels(val_labels), classes, index)
+    if not classes or has(data, "val") or val_share is None and has(data, "train"):
+        source = scan(data, "val", index)
+    elif val_share is None:
+        source = scan(data, "", index)
+    elif val_share == 1:
+        source = _whole(data, index)
+    else:
+        source = hold_out(_whole(data, index), data, val_share)[1]
+    if classes and getattr(source, "numbered", False):
+        if len(source.classes) > len(classes):
+            raise ValueError(f"--data: {source.name(int(source.labels.argmax()))} is of class "
+                             f"{source.labels.max()}, and there are {len(classes)} classes")
+        source.classes = classes
     for names in (classes, list(map(str, range(len(classes))))) if classes else ():
         if set(names) == set(source.classes):
             number = {name: i for i, name in enumerate(names)}
@@ -312,6 +408,59 @@ def open_val(data: str, image_hw: tuple[int, int], val_labels: str | None = None
             source.classes, source.labels = classes, numbers[source.labels]
             break
     return source
+
+
+# ----------------------------------------------------------------------------- without val
+VAL_SHARE = 0.1  # the default of --val-share
+
+
+def has(data, split: str) -> bool:
+    """Whether --data has this split, as a folder or as tars."""
+    return os.path.isdir(os.path.join(data, split)) or bool(archives.find(data, split)[1])
+
+
+def check_share(data, val_share: float | None) -> None:
+    """Raises ValueError for a --val-share of images that come with their val."""
+    if val_share is not None and has(data, "val"):
+        raise ValueError(f"--val-share {val_share} has no effect: {data} has a val of its own; "
+                         f"leave the flag out")
+
+
+def _whole(data, index: archives.Index) -> ImageFolder:
+    """The images to split: of train, or of DATA itself. Raises ValueError, beside `scan`, for
+    folders whose names say that they are another program's train and val."""
+    split = "train" if has(data, "train") else ""
+    source = scan(data, split, index)
+    names = source.classes if not split else os.listdir(data) if os.path.isdir(data) else ()
+    like = ("valid", "validation") + (() if split else ("train", "training", "val", "test",
+                                                        "testing"))
+    odd = [name for name in names if name.lower() in like]
+    if odd:
+        raise ValueError(f"--data: {', '.join(sorted(odd))} in {data} would not be used as a split:"
+                         f" name them train and val (a tar each: train.tar, val.tar)")
+    return source
+
+
+def hold_out(source: ImageFolder, data, share: float) -> tuple[ImageFolder, ImageFolder]:
+    """(train, val) of a source without val: an image is in val if the 64 bits of BLAKE2b of its
+    path, from its class's folder on, are a number below share * 2^64.
+
+    So another place of the folder changes nothing, nor does a tar in its place, and images that are
+    added move no other. Raises ValueError for a class without a training image, and an empty val.
+    """
+    def drawn(index: int) -> bool:
+        digest = hashlib.blake2b(source.path(index), digest_size=8).digest()
+        return int.from_bytes(digest, "big") < share * 2**64
+    held = np.fromiter(map(drawn, range(len(source))), bool, len(source))
+    train, val = source.subset(~held), source.subset(held)
+    bare = set(source.labels.tolist()) - set(train.labels.tolist())
+    for what, odd in ((f"all images of {_first([source.classes[i] for i in sorted(bare)])}, where "
+                       f"each class needs one to train on: lower it, or add images", bare),
+                      (f"none of the {len(source):,} images: raise it", not len(val))):
+        if odd:
+            raise ValueError(f"--val-share {share} of {data}, which has no val, holds out {what}")
+    train.share = val.share = share
+    return train, val
 
 
 def check_same_classes(one: str, classes: list[str], other: str, others: list[str]) -> None:

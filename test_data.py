@@ -4,10 +4,14 @@ A test's name is the claim, its docstring the specification, and each tolerance 
 it is.
 """
 
+import bz2
 import contextlib
 import functools
+import gzip
+import hashlib
 import io
 import itertools
+import lzma
 import os
 import pickle
 import random
@@ -16,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 from dataclasses import replace
@@ -28,8 +33,11 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms import v2
 
+import archives
 import data
+import evaluate
 import sources
+import train
 from augment import (
     JITTER,
     centre_view,
@@ -46,7 +54,7 @@ from augment import (
 from configs import CROPPED, TrainConfig, stable_seed
 from data import IGNORE, PADDING
 from sources import decode
-from testing import Few, generator, make_folder, paint
+from testing import TRAIN_FLAGS, Few, generator, make_folder, paint, run_command
 
 torch.set_num_threads(1)
 HW = (32, 32)
@@ -156,7 +164,7 @@ def test_folder_errors_say_what_is_expected(tmp_path):
             sources.open_data(str(root), HW)
         assert "CLASS" in str(error.value) or "same classes" in str(error.value)
     fails("no folder .*nowhere", tmp_path / "nowhere")
-    fails("no folder .*val")
+    fails(r"has no class folders; expected .*/CLASS/image.jpg, or train/CLASS/.*\*train\*.tar")
     (tmp_path / "val").mkdir()
     fails("no class folders")
     paint(tmp_path / "val/flat.JPG")
@@ -334,6 +342,331 @@ def test_unreadable_images_are_ignored_named_and_limited(tmp_path):
     assert log.error() is None and log.add({3}) and "1 of 7" in log.error()
     with pytest.raises(ZeroDivisionError):  # a bug in a transform is no unreadable image
         data.Views(source, lambda image: 1 / 0, HW, 0)[0, 0]
+
+
+# ----------------------------------------------------------------------------- tars
+def photos(root, train=13, val=5):
+    """A folder of two classes of small images of noise, some nested, one name above 100 bytes."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", train), ("val", val)):
+        for i in range(n):
+            name = f"{'sub/' * (i % 3 == 0)}{'x' * 150 * (i == 4)}{i:02d}.{('png', 'jpg')[i % 2]}"
+            path = root / split / ("a-b", "a")[i % 2] / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(path)
+    return root
+
+
+def pack(path, members, format=tarfile.GNU_FORMAT):
+    """A tar of (name, content: bytes or a path, which may be a folder), in the order given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            if isinstance(content, bytes):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            else:
+                tar.add(content, name)
+    return path
+
+
+def classes_as_tars(folder, out, format=tarfile.GNU_FORMAT):
+    """A tar for each class folder, whose images lie flat in it, some in a folder."""
+    return [pack(out / f"{c.name}.tar", [(str(p.relative_to(c)), p)
+                                         for p in sorted(c.rglob("*.*"))], format)
+            for c in sorted(folder.iterdir(), reverse=True)]
+
+
+@pytest.mark.parametrize("packing", ["train.tar, GNU", "in a folder, pax", "tar of tars",
+                                     "tars of classes"])
+def test_tars_are_their_folder(tmp_path, packing):
+    """However the images are packed, tars give the folder's classes, labels, paths and bytes under
+    the same index numbers, and so its batches to the bit, also from two workers."""
+    folder, tars = photos(tmp_path / "folder"), tmp_path / "tars"
+    for split in ("train", "val"):
+        if packing == "train.tar, GNU":
+            pack(tars / f"{split}.tar", [("./", folder / split)])
+        elif packing == "in a folder, pax":
+            pack(tars / split / "one.tar", [(split, folder / split)], tarfile.PAX_FORMAT)
+        else:
+            inner = tars / split if packing == "tars of classes" else tmp_path / split
+            paths = classes_as_tars(folder / split, inner)
+            if packing == "tar of tars":
+                pack(tars / f"ILSVRC2012_img_{split}.tar", [(p.name, p) for p in paths])
+    for theirs, ours in zip(sources.open_data(folder, HW), sources.open_data(tars, HW)):
+        assert isinstance(ours, sources.TarImages)
+        assert ours.classes == theirs.classes == ["a", "a-b"]
+        assert torch.equal(*(torch.tensor(source.labels) for source in (ours, theirs)))
+        assert len(ours) == len(theirs)
+        for i in range(len(ours)):
+            assert (ours.path(i), ours.read(i)) == (theirs.path(i), theirs.read(i))
+        assert all(isinstance(getattr(ours, name), np.ndarray) for name in archives.ARRAYS[:6])
+        for workers in (0, 2) if len(ours) > 12 else ():
+            batches = [train_batches(source, local=6, steps=2, num_workers=workers)
+                       for source in (ours, theirs)]
+            assert all(map(torch.equal, *map(itertools.chain.from_iterable, batches)))
+        assert pickle.loads(pickle.dumps(ours)).read(3) == theirs.read(3)  # as another rank gets it
+
+
+def test_webdataset_shards_have_their_classes_beside_the_images(tmp_path):
+    """In .cls, or as label or cls in .json, .cls first; in order of shard, then of key. A missing,
+    wrong or too large class is an error that names the sample; val has the classes of train."""
+    image = paint(tmp_path / "i.png").read_bytes()
+
+    def shard(name, *samples):
+        members = [(f"{key}{ending}", content) for key, *files in samples
+                   for ending, content in ((".webp", image), *files)]
+        return pack(tmp_path / name, members[::-1])
+    shard("in1k-train-0001.tar", ("k0", (".cls", b"0")), ("k1", (".json", b'{"label": 3}')))
+    shard("in1k-train-0000.tar", ("k9", (".json", b'{"cls": 1}'), (".cls", b" 2\n")),
+          ("k.10", (".JSON", b'{"a": "text", "label": 1}')), ("k8", (".txt", b"?"), (".cls", b"2")))
+    shard("in1k-validation-00.tar", ("k0", (".cls", b"1")))
+    shard("in1k-test-00.tar", ("k0", (".cls", b"7")))
+    train, val = sources.open_data(tmp_path, HW)
+    assert [train.name(i) for i in range(5)] == [
+        f"in1k-train-{name}.webp" for name in ("0000.tar/k.10", "0000.tar/k8", "0000.tar/k9",
+                                               "0001.tar/k0", "0001.tar/k1")]
+    assert train.labels.tolist() == [1, 2, 2, 0, 3] and train.classes == val.classes == list("0123")
+    assert val.load(0)[1] == 1 and train.load(4)[0].size == (40, 30)
+    names = ["n3", "n2", "n1", "n0"]  # a model's, whose order the numbers mean
+    scored = sources.open_val(tmp_path, HW, classes=names)
+    assert scored.classes == names and scored.labels.tolist() == [1]
+    with pytest.raises(ValueError, match="k0.webp is of class 1, and there are 1 classes"):
+        sources.open_val(tmp_path, HW, classes=["n0"])
+    for files, message in [(((".cls", b"-1"),), "k5.cls: -1 is no class"),
+                           (((".cls", b"cat"),), "k5.cls: invalid literal"),
+                           (((".json", b'{"label": "4"}'),), "k5.json: '4' is no class"),
+                           (((".json", b'{"label"'),), "k5.json: Expecting"),
+                           (((".json", b"[]"),), "1 of 6 images have no class .*k5.webp"), ((),
+                            "1 of 6 images have no class in a .cls or .json .*k5.webp in .*0002")]:
+        shard("in1k-train-0002.tar", ("k5", *files))
+        with pytest.raises(ValueError, match=message):
+            sources.open_data(tmp_path, HW)
+
+
+def test_a_flat_validation_tar_takes_its_classes_from_a_file(tmp_path):
+    """ILSVRC2012_img_val.tar with --val-labels is the flat folder, ReaL's labels too; without the
+    flag the error names it. One tar of images of any kind is something to predict."""
+    for i in (3, 1, 2):
+        paint(tmp_path / "folder/val" / f"ILSVRC2012_val_0000000{i}.JPEG")
+    make_folder(tmp_path / "folder", train=("n01", "n02"), val=())
+    flat, tars = sorted((tmp_path / "folder/val").iterdir(), reverse=True), tmp_path / "tars"
+    val = pack(tars / "ILSVRC2012_img_val.tar", [(path.name, path) for path in flat])
+    pack(tars / "ILSVRC2012_img_train.tar", [("n01.tar", pack(
+        tmp_path / "n01.tar", [("1.png", tmp_path / "folder/train/n01/1.png")])), ("n02.tar", pack(
+            tmp_path / "n02.tar", [("1.png", tmp_path / "folder/train/n02/1.png")]))])
+    labels, real = tmp_path / "labels.txt", tmp_path / "real.json"
+    labels.write_text("".join(f"{path.name} n0{1 + (path is flat[0])}\n" for path in flat))
+    real.write_text("[[5], [], [1, 2]]")
+    for place in (tmp_path / "folder", tars):
+        source = sources.open_data(place, HW, labels)[1]
+        assert source.classes == ["n01", "n02"] and source.labels.tolist() == [0, 0, 1]
+        assert sources.read_real_labels(real, source) == [[5], [], [1, 2]]
+    assert source.name(0) == "ILSVRC2012_img_val.tar/ILSVRC2012_val_00000001.JPEG"
+    assert source.load(2)[1] == 1
+    with pytest.raises(ValueError, match="ILSVRC2012_img_val.tar have no class.*--val-labels"):
+        sources.open_data(tars, HW)
+    labels.write_text("ILSVRC2012_val_00000001 n01")
+    with pytest.raises(ValueError, match="2 images of ILSVRC2012_img_val.tar are without a label"):
+        sources.open_data(tars, HW, labels)
+    source = sources.scan_flat(val, "")
+    assert len(source) == 3 and source.labels.tolist() == [0, 0, 0] and source.load(0)[0]
+
+
+def test_a_tar_that_cannot_be_used_is_an_error_that_names_it(tmp_path):
+    """Cut short, damaged, compressed, without an image, with two of one path, with links; what is
+    wrong with one image is that image's, as in a folder."""
+    image, train = paint(tmp_path / "i.png", (300, 300)).read_bytes(), tmp_path / "d/train.tar"
+    members = [("a/1.png", image), ("b/2.png", b""), ("b/._3.png", b"hidden"), ("b/4.png", b"no")]
+    pack(tmp_path / "d/val.tar", [("a/1.png", image), ("b/1.png", image)])
+    whole = pack(train, members).read_bytes()
+    source = sources.open_data(tmp_path / "d", HW)[0]
+    batch = next(iter(data.eval_loader(source, CONFIG, HW, 3, 0, 1, "cpu")))
+    assert source.name(1) == "train.tar/b/2.png" and batch[1].tolist() == [0, IGNORE, IGNORE]
+
+    def fails(message, content):
+        train.write_bytes(content)
+        with pytest.raises(ValueError, match=f"train.tar.*{message}"):
+            sources.open_data(tmp_path / "d", HW)
+    fails("is cut short: it ends inside the member 'a/1.png'", whole[:600])
+    fails("is cut short: it has no end mark", whole[:512 + 512 * -(-len(image) // 512)])
+    fails("is cut short: it has no end mark", b"")
+    fails("is no tar", b"text" * 400)
+    fails("is damaged: no header at byte 1536", whole[:1540] + b"X" + whole[1541:])
+    for compressed in (gzip.compress(whole), lzma.compress(whole), bz2.compress(whole)):
+        fails("is compressed, and so cannot be read in place", compressed)
+    fails("not a single image", pack(train, [("a/1.txt", b"text")]).read_bytes())
+    fails("have no class: they are neither in CLASS/", pack(train, [
+        ("1.png", image)]).read_bytes())
+    (tmp_path / "link.png").symlink_to(tmp_path / "i.png")
+    fails("a/3.png is a link or sparse: make the tar with --dereference", pack(train, [
+        ("a/1.png", image), ("a/3.png", tmp_path / "link.png")]).read_bytes())
+    pack(train, [*members, ("a/1.png", b"")])
+    with pytest.raises(ValueError, match="a/1.png is twice in train.tar"):
+        sources.open_data(tmp_path / "d", HW)
+
+
+def test_a_tar_is_walked_as_tarfile_does(tmp_path):
+    """GNU's, pax's and ustar's names of any length and bytes, and sizes above the 8 GiB that octal
+    digits tell, sparse here: every file has tarfile's name, place and size."""
+    huge = 9 * 2**30
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
+        path = tmp_path / "t.tar"
+        names = ["a/1", "./b/" + "p" * 90 + "/" + "n" * 95, "c/\u00e9.jpg"]
+        names += ["c/" + "l" * 300 + ".jpg", "c/\udcff"] if form != tarfile.USTAR_FORMAT else []
+        members = [("d/", tmp_path / "empty"), *((name, name.encode(errors="ignore") * 40)
+                                                 for name in names)]
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        end = pack(path, members, form).stat().st_size
+        if form != tarfile.USTAR_FORMAT:  # in the place of the zero blocks at the end
+            with tarfile.open(path) as tar:
+                end = max(m.offset_data + -(-m.size // 512) * 512 for m in tar)
+            info = tarfile.TarInfo("e/huge.jpg")
+            info.size = huge
+            with open(path, "r+b") as file:
+                file.seek(end)
+                file.write(info.tobuf(form))
+                file.truncate(file.tell() + huge + 1024)
+        with tarfile.open(path) as tar:
+            theirs = [(os.fsencode(m.name).removeprefix(b"./"), m.offset_data, m.size) for m in tar
+                      if m.isfile()]
+        with open(path, "rb") as file:
+            ((name, ours),) = archives.walk(file.fileno(), "t", 0, path.stat().st_size)
+        assert name == "t" and ours == theirs and len(ours) >= 3
+        path.unlink()
+
+
+def test_an_index_is_kept_and_fits_its_tars(tmp_path, capsys):
+    """The second start reads it and no header; a changed tar makes a run's own anew and an --index
+    an error, a missing one is an error, a new one is read, each by name; a damaged file is made
+    anew; the other split's part stays, and --index is made where there is none."""
+    folder, tars = photos(tmp_path / "folder"), tmp_path / "tars"
+    for split in ("train", "val"):
+        classes_as_tars(folder / split, tars / split)
+    path = tmp_path / "run/index.npz"
+
+    def opened(index=None):
+        source = sources.open_data(tars, HW, index=index or archives.Index(path))[0]
+        return source, capsys.readouterr().out
+    first, said = opened()
+    assert said.count("reading the headers of 2 tars") == 2 and f"kept in {path}" in said
+    again, said = opened()
+    assert said == "" and all(np.array_equal(getattr(first, name), getattr(again, name))
+                              for name in archives.ARRAYS)
+    assert not list(path.parent.glob("*.npz.*"))
+    stamp = (tars / "train/a.tar").stat()
+    os.utime(tars / "train/a.tar", ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match=f"--index {path} is not of .*: train/a.tar has changed"):
+        opened(archives.Index(path, given=True))
+    _, said = opened()
+    assert f"index {path}: train/a.tar has changed; reading" in said and said.count("reading") == 1
+    (tars / "train/a.tar").write_bytes((tars / "train/a.tar").read_bytes()[:2000])
+    with pytest.raises(ValueError, match="a.tar is cut short"):
+        opened()
+    (tars / "train/a.tar").rename(tmp_path / "a.tar")
+    with pytest.raises(ValueError, match=f"train/a.tar is missing, which {path} lists"):
+        opened()
+    classes_as_tars(folder / "train", tars / "train")
+    shutil.copy(tars / "train/a.tar", tars / "train/c.tar")
+    shutil.copy(tars / "val/a.tar", tars / "val/c.tar")
+    source, said = opened()
+    assert "it does not have train/c.tar" in said and source.classes == ["a", "a-b", "c"]
+    for split in ("train", "val"):  # other data for the same output directory
+        os.rename(tars / split, tmp_path / f"{split}.old")
+        pack(tars / f"{split}.tar", [(split, folder / split)])
+    assert "it does not have train.tar" in opened()[1]
+    path.write_bytes(path.read_bytes()[:100])
+    assert "cannot be read" in opened()[1] and opened()[1] == ""
+    for given in (tmp_path / "new/i.npz", tmp_path / "new/i.npz"):
+        said = opened(archives.Index(given, given=True))[1]
+    assert said == "" and opened(archives.Index(tmp_path / "x", keep=False))[1]
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match="--index .* has no effect: --data .* holds no tars"):
+        sources.open_data(folder, HW, index=archives.Index(given, given=True))
+
+
+# ----------------------------------------------------------------------------- without val
+def test_a_folder_without_val_is_split_by_the_hashes_of_its_paths(tmp_path):
+    """BLAKE2b of CLASS/... decides, below DIR, DIR/train, in a tar and in another place alike; an
+    image that comes later moves no other, and a larger share holds out those of a smaller one."""
+    names = [f"{c}/{i}.png" for c in "ab" for i in range(40)]
+    for name in names:
+        (tmp_path / "bare" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "bare" / name).write_bytes(b"")
+    digest = {name: hashlib.blake2b(name.encode(), digest_size=8).hexdigest() for name in names}
+    shutil.copytree(tmp_path / "bare", tmp_path / "in/train")
+    pack(tmp_path / "packed/train.tar", [("train", tmp_path / "bare")])
+    (tmp_path / "more/c").mkdir(parents=True)
+    shutil.copytree(tmp_path / "bare", tmp_path / "more", dirs_exist_ok=True)
+    for i in range(20):
+        (tmp_path / f"more/c/{i}.png").write_bytes(b"")
+    for share in (0.1, 0.5):
+        expected = {name for name in names if int(digest[name], 16) < share * 2**64}
+        for place in ("bare", "in", "packed", "packed/train.tar", "more"):
+            train, val = sources.open_data(str(tmp_path / place), HW, val_share=share)
+            parts = [{os.fsdecode(part.path(i)) for i in range(len(part))} for part in (train, val)]
+            assert parts[1] - {f"c/{i}.png" for i in range(20)} == expected
+            assert parts[0].isdisjoint(parts[1]) and len(train) + len(val) == 80 + 20 * (
+                place == "more")
+            assert train.classes == val.classes and train.share == val.share == share
+            for part in (train, val):
+                assert all(os.fsdecode(part.path(i))[0] == part.classes[part.labels[i]]
+                           and os.fsdecode(part.path(i))[1:] in part.name(i)
+                           for i in range(len(part)))
+    assert len(sources.open_data(str(tmp_path / "bare"), HW)[1]) == sum(
+        digest[name] < "1999999999999999" for name in names)  # a tenth of 2^64: the default
+
+
+def test_what_cannot_be_split_is_named(tmp_path):
+    """A class that would have no image to train on, an empty val, folders that seem to be splits,
+    and a share where there is a val."""
+    def fails(message, *paths, share=None):
+        shutil.rmtree(tmp_path / "d", ignore_errors=True)
+        for path in paths:
+            paint(tmp_path / "d" / path, (1, 1))
+        with pytest.raises(ValueError, match=message):
+            sources.open_data(str(tmp_path / "d"), HW, val_share=share)
+    some = [f"a/{i}.png" for i in range(20)]
+    fails("--val-share 0.999.* holds out all images of a, b, where each", *some, "b/1.png",
+          share=0.999)
+    fails("--val-share 1e-06 .* holds out none of the 20 images: raise it", *some, share=1e-6)
+    fails("training, validation in .* name them train and val", "training/a/1.png",
+          "validation/a/1.png")
+    fails("Validation in .* name them train and val", "train/a/1.png", "Validation/a/1.png")
+    fails("--val-share 0.1 has no effect: .* has a val of its own", "train/a/1.png", "val/a/1.png",
+          share=0.1)
+    pack(tmp_path / "both.tar", [("train", tmp_path / "d/train"), ("val", tmp_path / "d/val")])
+    with pytest.raises(ValueError, match="train, val in .*both.tar .*train.tar, val.tar"):
+        sources.open_data(str(tmp_path / "both.tar"), HW)
+
+
+def test_a_model_is_scored_on_what_its_training_held_out(tmp_path):
+    """From the command line: the log tells the split of a tar; evaluate.py's images are those of
+    its validation, here unpacked elsewhere, and all of them with --val-share 1; the index lies in
+    the output directory, and not after a dry run; a resume with another share is refused."""
+    rng, place, out = np.random.default_rng(0), tmp_path / "photos", tmp_path / "out"
+    for i in range(100):
+        (place / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+            place / str(i % 2) / f"{i}.png")
+    tar = pack(tmp_path / "photos.tar", [("photos", place)])
+    held = len(sources.open_data(str(place), HW, val_share=0.3)[1])
+    argv = [*TRAIN_FLAGS, "--data", tar, "--output-dir", out, "--max-steps", 1, "--num-workers", 0]
+    run_command(train.main, *argv, "--dry-run")
+    assert not out.exists()
+    output = run_command(train.main, *argv, "--val-share", 0.3)
+    assert (f"{100 - held} training and {held} validation images (there is no val: --val-share 0.3"
+            in output and (out / "index.npz").exists())
+    told = re.search("validation (top-1 .* images)", output)[1]
+    assert "val_share 0.3 (this run: 0.1)" in run_command(train.main, *argv, code=2)
+
+    def scored(*flags):
+        return run_command(evaluate.main, "--checkpoint", out, "--data", place, "--num-workers", 0,
+                           "--output-dir", tmp_path / "scores", *flags)
+    output = scored()
+    assert f"validation {told}" in output and f"{held} of its images, --val-share 0.3" in output
+    assert "on 100 images" in scored("--val-share", 1)
 
 
 # ----------------------------------------------------------------------------- order

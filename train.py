@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 import data
 import resume
+from archives import Index
 from augment import loss_sum, soft_targets
 from checkpoint import Saver, load_newest
 from configs import TrainConfig, ViTConfig, parse, stable_seed, to_plain
@@ -166,6 +167,7 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
         grid, device = ((Grid(), torch.device(device_type)) if config.dry_run
                         else start_processes(config))
         train_set, val_set, vit = open_images(config, vit, given, grid, sources)
+        config = dataclasses.replace(config, val_share=getattr(val_set, "share", None))
         if config.warmup_epochs is not None:
             config = dataclasses.replace(config, warmup_steps=round(
                 config.warmup_epochs * len(train_set) / config.global_batch_size))
@@ -202,7 +204,8 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
 def open_images(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid, sources=None):
     """(training images, validation images, the model with their classes)."""
     train_set, val_set = sources or on_rank_0(
-        grid, lambda: open_data(config.data, vit.image_hw, config.val_labels))
+        grid, lambda: open_data(config.data, vit.image_hw, config.val_labels, config.val_share,
+                                Index.of_run(config, keep=not config.dry_run)))
     count = len(train_set.classes)
     if given.get("num_classes", count) != count:
         raise ValueError(f"--num-classes {vit.num_classes}, but --data {config.data} has {count} "
@@ -305,8 +308,10 @@ def describe(run: Run, batch: tuple, optimizer, saver: Saver, train_set, val_set
               f"tokens, {vit.num_classes} classes")
     log.print(f"batch {config.global_batch_size} = micro-batch {micro} x dp {dp} x accumulation "
               f"{accumulation}; tp {grid.tp.size}, {grid.world.size} x {device_name(run.device)}")
+    share = config.val_share
+    held_out = f" (there is no val: --val-share {share}, by a hash of the paths)" if share else ""
     log.print(f"data {config.data}: {len(train_set):,} training and {len(val_set):,} validation "
-              f"images; {run.total_steps:,} steps = "
+              f"images{held_out}; {run.total_steps:,} steps = "
               f"{run.images_seen(run.total_steps) / len(train_set):,.1f} epochs")
     log.print(f"precision {config.precision}, {kernels}")
     log.print(f"weight decay {config.weight_decay} on {len(decay)} matrices, none on "

@@ -47,7 +47,7 @@ from parallel import shard
 from recipes import FINE_TUNING, RECIPES
 
 TOLD = ("image_size", "num_attention_heads", "layernorm_eps", "gelu_approximate", "mean", "std",
-        "crop_ratio", "precision", "classes", "pool", "layerscale")  # what shapes do not tell
+        "crop_ratio", "precision", "classes", "pool", "layerscale", "val_share")  # not by shapes
 SHAPE = ("hidden_size", "ffn_hidden_size", "num_layers", "patch_size", "num_attention_heads",
          "num_channels", "num_class_tokens", "pre_norm")  # what makes another model; four name it
 

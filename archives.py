@@ -1,0 +1,306 @@
+"""Images inside tar files, read where they lie: headers are walked once, the index is kept.
+
+    tar = (header of 512 bytes, content padded to 512 bytes) x members, at least one zero block
+
+A member's path is the one in its tar; a tar whose images lie flat is a folder of its
+name: ILSVRC2012_img_train.tar holds n01440764/n01440764_10026.JPEG in n01440764.tar,
+as the extracted folder does. A folder around all class folders is left out. The class is the first
+folder, or in WebDataset's shards the number that lies beside IMAGE.jpg: the whole of IMAGE.cls, or
+"label" or "cls" of IMAGE.json. The index of the n images of a split is a dict of arrays:
+
+    names    uint8 [total bytes]   every path, end to end, in the order of classes, then of paths
+    offsets  int64 [n + 1]         path i is names[offsets[i]:offsets[i + 1]]
+    labels   int32 [n]             the class, a position in `classes`
+    tars     int32 [n]             the tar of image i, a position in `files`
+    starts   int64 [n]             its first byte there
+    sizes    int64 [n]             its bytes
+    classes  str [c]               names of folders; empty if labels are WebDataset's numbers
+    files    str [t]               the tars, relative to the folder of the data
+    stamps   int64 [t, 2]          bytes and mtime (ns) of each, by which a changed one is known
+"""
+
+import itertools
+import json
+import os
+import re
+import time
+import zipfile
+from array import array
+
+import numpy as np
+
+ARRAYS = "names", "offsets", "labels", "tars", "starts", "sizes", "classes", "files", "stamps"
+WORDS = {"train": "train", "val": "val|validation", "": ""}
+TAR = re.compile(r"\.(tar|tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
+PACKED = b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"  # gzip, bzip2, xz, zstandard
+MOST_CLASSES = 1 << 20
+
+
+def find(data, split: str) -> tuple[str, list[str]]:
+    """(folder, tars in it) of a split of --data, no tars where class folders are: those of
+    DATA/SPLIT, or those in DATA whose names have the word train, or val or validation. Split '':
+    the tar DATA itself, or all in DATA."""
+    data = os.fspath(data)
+    if os.path.isfile(data):
+        folder, name = os.path.split(data)
+        return folder, [name] if TAR.search(name) and not split else []
+    inside = bool(split) and os.path.isdir(os.path.join(data, split))
+    try:
+        entries = [e for e in os.scandir(os.path.join(data, split) if inside else data)
+                   if not e.name.startswith(".")]
+    except FileNotFoundError:
+        return data, []
+    if (inside or not split) and any(e.is_dir() for e in entries):
+        return data, []
+    word = re.compile(rf"(?<![a-z])(?:{'' if inside else WORDS[split]})(?![a-z])", re.IGNORECASE)
+    return data, sorted(os.path.relpath(e.path, data) for e in entries
+                        if TAR.search(e.name) and (inside or not split or word.search(e.name)))
+
+
+def stem(path: str) -> str:
+    """The name of a tar without its ending: the folder of what lies flat in it."""
+    return TAR.sub("", os.path.basename(path))
+
+
+# ----------------------------------------------------------------------------- one tar
+def walk(fd: int, path: str, start: int, end: int):
+    """Yields (path, members) of each tar in the tar `path` at start:end of an open file, its own
+    last; members: (name, first byte, bytes; -1 for links and sparse files). Knows ustar, GNU's long
+    names and sizes, pax's paths and sizes. Raises ValueError, which names `path`, for a file that
+    is cut short, damaged, compressed or no tar."""
+    members = []
+    at, told = start, {}
+    while at < end:
+        head = os.pread(fd, 512, at)
+        if not any(head) and len(head) == 512:
+            yield path, members
+            return
+        try:
+            size = _number(told.get(b"size", head[124:136]))
+            checked = int(head[148:156].strip(b"\0 "), 8) == sum(head) - sum(head[148:156]) + 256
+        except ValueError:
+            checked = False
+        if not checked or size < 0:
+            if at == start and head.startswith(PACKED):
+                raise ValueError(f"--data: {path} is compressed, and so cannot be read in place: "
+                                 f"decompress it (gunzip, or what its ending says)")
+            raise ValueError(f"--data: {path} is no tar" if at == start else
+                             f"--data: {path} is damaged: no header at byte {at}")
+        kind, body, at = head[156:157], at + 512, at + 512 - -size // 512 * 512
+        if body + size > end:
+            raise ValueError(f"--data: {path} is cut short: it ends inside the member "
+                             f"{_name(head, told).decode(errors='replace')!r}")
+        if kind == b"L":
+            told[b"path"] = os.pread(fd, size, body).rstrip(b"\0")
+        elif kind == b"x":
+            told |= _pax(os.pread(fd, size, body))
+        elif kind != b"K":  # the name of a long link
+            name, told = _name(head, told), {}
+            if kind in b"07\0" and name.endswith(b".tar"):
+                yield from walk(fd, os.path.join(path, os.fsdecode(name)), body, body + size)
+            elif kind not in b"g5":  # facts of all members, a folder
+                members.append((name, body, size if kind in b"07\0" else -1))
+    raise ValueError(f"--data: {path} is cut short: it has no end mark")
+
+
+def _number(field: bytes) -> int:
+    """A size: octal digits, or GNU's big-endian binary after a byte 0x80."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(field.strip(b"\0 ") or b"0", 8)
+
+
+def _pax(records: bytes) -> dict[bytes, bytes]:
+    """{key: value} of pax's records 'LENGTH KEY=VALUE\\n'; the size as the header would have it."""
+    told = {}
+    while records[:1].isdigit():
+        length = int(records.partition(b" ")[0])
+        key, _, value = records[:length - 1].partition(b" ")[2].partition(b"=")
+        told[key] = b"%o" % int(value) if key == b"size" else value
+        records = records[length:]
+    return told
+
+
+def _name(head: bytes, told: dict) -> bytes:
+    name = told.get(b"path")
+    if name is None:
+        name = head[:100].partition(b"\0")[0]
+        if head[257:263] == b"ustar\0" and head[345]:
+            name = head[345:500].partition(b"\0")[0] + b"/" + name
+    while name.startswith((b"./", b"/")):
+        name = name.partition(b"/")[2]
+    return name
+
+
+def _class_number(content: bytes, ending: bytes) -> int:
+    """The class of a WebDataset sample; -1 if its .json tells none. ValueError for nonsense."""
+    if ending == b"cls":
+        number = int(content)
+    else:
+        facts = json.loads(content)
+        number = facts.get("label", facts.get("cls")) if isinstance(facts, dict) else None
+        if number is None:
+            return -1
+    if type(number) is not int or not 0 <= number < MOST_CLASSES:
+        raise ValueError(f"{number!r} is no class from 0 on")
+    return number
+
+
+def scan_tar(path: str, endings: tuple[str, ...]) -> tuple[list[bytes], array, array, array]:
+    """(paths, first bytes, sizes, class numbers or -1) of the images in a tar, in its order."""
+    endings = frozenset(os.fsencode(ending[1:]) for ending in endings)
+    names, starts, sizes, labels = [], array("q"), array("q"), array("i")
+    with open(path, "rb", buffering=0) as file:
+        fd = file.fileno()
+        for inner, members in walk(fd, path, 0, os.fstat(fd).st_size):
+            own, numbers = [], {}
+            for name, start, size in members:
+                key, _, ending = name.rpartition(b".")
+                ending = ending.lower()
+                if b"/." in name or name[:1] == b".":
+                    continue  # hidden, as in folders
+                if ending in endings:
+                    if size < 0:
+                        raise ValueError(f"--data: {inner}: {os.fsdecode(name)} is a link or sparse"
+                                         f": make the tar with --dereference --hard-dereference")
+                    own.append(name)
+                    starts.append(start)
+                    sizes.append(size)
+                elif ending == b"cls" or ending == b"json" and key not in numbers:
+                    try:
+                        numbers[key] = _class_number(os.pread(fd, max(size, 0), start), ending)
+                    except ValueError as e:
+                        raise ValueError(f"--data: {inner}: {os.fsdecode(name)}: {e}") from e
+            labels.extend(numbers.get(name.rpartition(b".")[0], -1) for name in own)
+            flat = any(b"/" not in name for name in own)
+            folder = os.fsencode(stem(inner)) + b"/"
+            names += [folder + name for name in own] if flat else own
+    return names, starts, sizes, labels
+
+
+# ----------------------------------------------------------------------------- the index of a split
+def build(folder: str, files: list[str], endings: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The index of these tars, without stamps. Raises ValueError for what `walk` does, no image,
+    two images of one path, and classes for some images only."""
+    names, columns = [], [array("i"), array("q"), array("q"), array("i")]
+    for i, file in enumerate(files):
+        found, *more = scan_tar(os.path.join(folder, file), endings)
+        names += found
+        for column, part in zip(columns, (array("i", [i]) * len(found), *more)):
+            column += part
+    if not names:
+        raise ValueError(f"--data: {', '.join(files[:5])} in {folder or '.'}: not a single image "
+                         f"({' '.join(endings)})")
+    cut = 0  # the folders around all class folders
+    while all(name.startswith(names[0][:_after(names[0], cut)]) and _after(name, _after(name, cut))
+              for name in names):
+        cut = _after(names[0], cut)
+    for i, name in enumerate(names):  # in place, for memory; so that a class sorts before its paths
+        names[i] = name[cut:].replace(b"/", b"\0", 1)
+    order = sorted(range(len(names)), key=names.__getitem__)  # tars are mostly in order: quick
+    names = [names[i] for i in order]
+    tars, starts, sizes, labels = (np.array(column)[order] for column in columns)
+    for i, (name, after) in enumerate(itertools.pairwise(names)):
+        if name == after:
+            which = " and ".join(sorted({files[tars[i]], files[tars[i + 1]]}))
+            raise ValueError(f"--data: {_path(name)} is twice in {which}")
+    classes = []
+    if labels.max() < 0:
+        groups = [(key, sum(1 for _ in group)) for key, group in itertools.groupby(
+            names, lambda name: name.partition(b"\0")[0])]
+        classes = [os.fsdecode(name) for name, _ in groups]
+        labels = np.repeat(np.arange(len(groups), dtype=np.int32), [count for _, count in groups])
+    elif labels.min() < 0:
+        odd = int(labels.argmin())
+        raise ValueError(f"--data: {(labels < 0).sum():,} of {len(names):,} images have no class "
+                         f"in a .cls or .json beside them: {_path(names[odd])} in "
+                         f"{files[tars[odd]]}")
+    return dict(names=np.frombuffer(b"".join(names).replace(b"\0", b"/"), np.uint8),
+                offsets=np.cumsum([0, *map(len, names)], dtype=np.int64), labels=labels, tars=tars,
+                starts=starts, sizes=sizes, classes=np.array(classes, np.str_),
+                files=np.array(files, np.str_))
+
+
+def _after(name: bytes, cut: int) -> int:
+    """Where the next folder of a path begins, or its file; 0: there is none."""
+    return name.find(b"/", cut) + 1
+
+
+def _path(name: bytes) -> str:
+    return os.fsdecode(name.replace(b"\0", b"/"))
+
+
+class Index:
+    """The file that keeps the indices of a run's splits: numpy's .npz, without pickle.
+
+    path None: nothing is kept. given: it is --index; what is there and does not fit is an error,
+    where a run's own file is made anew. keep: whether what was built is written.
+    """
+
+    def __init__(self, path=None, given: bool = False, keep: bool = True):
+        self.path, self.given, self.keep = path, given, keep and path is not None
+
+    @classmethod
+    def of_run(cls, config, keep: bool = True):
+        """That of --index, else OUTPUT_DIR/index.npz."""
+        return cls(config.index or os.path.join(config.output_dir, "index.npz"),
+                   config.index is not None, keep)
+
+    def of(self, folder: str, split: str, files: list[str],
+           endings: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """The index of a split, kept or built. Raises ValueError where `build` does, for a tar that
+        is no longer there, and for an --index of other tars."""
+        stats = [os.stat(os.path.join(folder, file)) for file in files]
+        stamps = np.array([[stat.st_size, stat.st_mtime_ns] for stat in stats], np.int64)
+        kept, odd = self._kept(split or "all", files, stamps)
+        if kept:
+            return kept
+        if odd and self.given:
+            raise ValueError(f"--index {self.path} is not of --data {folder}: {odd}; give another "
+                             f"path, where a new one is made")
+        print(f"{'index ' + str(self.path) + ': ' + odd + '; ' if odd else ''}reading the headers "
+              f"of {len(files):,} tars, {stamps[:, 0].sum() / 2**30:,.1f} GiB", flush=True)
+        begin = time.perf_counter()
+        index = build(folder, files, endings) | dict(stamps=stamps)
+        print(f"{len(index['labels']):,} images in {time.perf_counter() - begin:.1f} s"
+              + (f", kept in {self.path}" if self.keep else ""), flush=True)
+        if self.keep:
+            self._write({f"{split or 'all'}.{name}": index[name] for name in ARRAYS})
+        return index
+
+    def _kept(self, split: str, files: list[str], stamps: np.ndarray):
+        """(the kept index or None, what is wrong with it or None)."""
+        if self.path is None or not os.path.exists(self.path):
+            return None, None
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                if f"{split}.files" not in file:
+                    return None, None
+                kept = {name: file[f"{split}.{name}"] for name in ARRAYS}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+            return None, f"it cannot be read ({e})"
+        listed = kept["files"].tolist()
+        gone = sorted(set(listed) - set(files))
+        if 0 < len(gone) < len(listed):
+            raise ValueError(f"--data: {gone[0]} is missing, which {self.path} lists; bring it "
+                             f"back, or remove {self.path}")
+        new = sorted(set(files) - set(listed))
+        if new:
+            return None, f"it does not have {new[0]}"
+        changed = [file for file, same in zip(files, (kept["stamps"] == stamps).all(1)) if not same]
+        return (None, f"{changed[0]} has changed") if changed else (kept, None)
+
+    def _write(self, arrays: dict[str, np.ndarray]) -> None:
+        """Atomically, beside the other splits' arrays that the file may have."""
+        part = f"{self.path}.{os.getpid()}"
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files} | arrays
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            pass  # there is none, or none to keep
+        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+        with open(part, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self.path)
