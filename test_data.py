@@ -532,8 +532,8 @@ def test_a_tar_is_walked_as_tarfile_does(tmp_path):
             theirs = [(os.fsencode(m.name).removeprefix(b"./"), m.offset_data, m.size) for m in tar
                       if m.isfile()]
         with open(path, "rb") as file:
-            ((name, ours),) = archives.walk(file.fileno(), "t", 0, path.stat().st_size)
-        assert name == "t" and ours == theirs and len(ours) >= 3
+            ours = list(archives.walk(file.fileno(), "t", 0, path.stat().st_size))
+        assert ours == theirs and len(ours) >= 3
         path.unlink()
 
 
