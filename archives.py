@@ -27,11 +27,12 @@ import time
 import zipfile
 from array import array
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+ENDINGS = frozenset(os.fsencode(ending[1:]) for ending in EXTENSIONS)
 ARRAYS = "names", "offsets", "labels", "tars", "starts", "sizes", "classes", "files", "stamps"
 WORDS = {"train": "train", "val": "val|validation", "": ""}
 TAR = re.compile(r"\.(tar|tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
@@ -41,9 +42,9 @@ THREADS = 8  # each waits for the disk between two headers
 
 
 def find(data, split: str) -> tuple[str, list[str]]:
-    """(folder, tars in it) of a split of --data, no tars where class folders are: those of
-    DATA/SPLIT, or those in DATA whose names have the word train, or val or validation. Split '':
-    the tar DATA itself, or all in DATA."""
+    """(folder, tars in it) of a split of --data: those of DATA/SPLIT, or those in DATA whose names
+    have the word train, or val or validation. Split '': the tar DATA itself, or all in DATA. None
+    where folders or images lie beside them: what is unpacked comes first."""
     data = os.fspath(data)
     if os.path.isfile(data):
         folder, name = os.path.split(data)
@@ -54,7 +55,8 @@ def find(data, split: str) -> tuple[str, list[str]]:
                    if not e.name.startswith(".")]
     except FileNotFoundError:
         return data, []
-    if (inside or not split) and any(e.is_dir() for e in entries):
+    if (inside or not split) and any(e.is_dir() or e.name.lower().endswith(EXTENSIONS)
+                                     for e in entries):
         return data, []
     word = re.compile(rf"(?<![a-z])(?:{'' if inside else WORDS[split]})(?![a-z])", re.IGNORECASE)
     return data, sorted(os.path.relpath(e.path, data) for e in entries
@@ -154,7 +156,7 @@ class Span(NamedTuple):
     end: int
 
 
-def scan_tar(span: Span, endings: frozenset[bytes]):
+def scan_tar(span: Span):
     """(names, first bytes, sizes, class numbers or -1) of the images in a tar, in its order, and
     the Spans of the tars in it."""
     names, inner, numbers = [], [], {}
@@ -168,7 +170,7 @@ def scan_tar(span: Span, endings: frozenset[bytes]):
             ending = ending.lower()
             if b"/." in name or name[:1] == b".":
                 continue  # hidden, as in folders
-            if ending in endings:
+            if ending in ENDINGS:
                 if size < 0:
                     raise ValueError(f"--data: {span.path}: {os.fsdecode(name)} is a link or sparse"
                                      f": make the tar with --dereference --hard-dereference")
@@ -191,24 +193,23 @@ def scan_tar(span: Span, endings: frozenset[bytes]):
 
 
 # ----------------------------------------------------------------------------- the index of a split
-def build(folder: str, files: list[str], endings: tuple[str, ...]) -> dict[str, np.ndarray]:
+def build(folder: str, files: list[str]) -> dict[str, np.ndarray]:
     """The index of these tars, without stamps. Raises ValueError for what `walk` does, no image,
     two images of one path, and classes for some images only."""
     names, columns = [], [array("i"), array("q"), array("q"), array("i")]
     paths = [os.path.join(folder, file) for file in files]
     spans = [Span(i, path, path, 0, os.path.getsize(path)) for i, path in enumerate(paths)]
-    scan = partial(scan_tar, endings=frozenset(os.fsencode(ending[1:]) for ending in endings))
     with ThreadPoolExecutor(THREADS) as pool:
         while spans:
             tars, spans = spans, []
-            for span, (found, *more, inner) in zip(tars, pool.map(scan, tars)):
+            for span, (found, *more, inner) in zip(tars, pool.map(scan_tar, tars)):
                 spans += inner
                 names += found
                 for column, part in zip(columns, (array("i", [span.tar]) * len(found), *more)):
                     column += part
     if not names:
         raise ValueError(f"--data: {', '.join(files[:5])} in {folder or '.'}: not a single image "
-                         f"({' '.join(endings)})")
+                         f"({' '.join(EXTENSIONS)})")
     cut = 0  # the folders around all class folders
     while all(name.startswith(names[0][:_after(names[0], cut)]) and _after(name, _after(name, cut))
               for name in names):
@@ -265,8 +266,7 @@ class Index:
         return cls(config.index or os.path.join(config.output_dir, "index.npz"),
                    config.index is not None, keep)
 
-    def of(self, folder: str, split: str, files: list[str],
-           endings: tuple[str, ...]) -> dict[str, np.ndarray]:
+    def of(self, folder: str, split: str, files: list[str]) -> dict[str, np.ndarray]:
         """The index of a split, kept or built. Raises ValueError where `build` does, for a tar that
         is no longer there, and for an --index of other tars."""
         stats = [os.stat(os.path.join(folder, file)) for file in files]
@@ -277,10 +277,11 @@ class Index:
         if odd and self.given:
             raise ValueError(f"--index {self.path} is not of --data {folder}: {odd}; give another "
                              f"path, where a new one is made")
-        print(f"{'index ' + str(self.path) + ': ' + odd + '; ' if odd else ''}reading the headers "
-              f"of {len(files):,} tars, {stamps[:, 0].sum() / 2**30:,.1f} GiB", flush=True)
+        print((f"index {self.path}: {odd}; " if odd else "") + "reading the headers of "
+              f"{len(files):,} tar{'s' * (len(files) > 1)}, {stamps[:, 0].sum() / 2**30:,.1f} GiB",
+              flush=True)
         begin = time.perf_counter()
-        index = build(folder, files, endings) | dict(stamps=stamps)
+        index = build(folder, files) | dict(stamps=stamps)
         print(f"{len(index['labels']):,} images in {time.perf_counter() - begin:.1f} s"
               + (f", kept in {self.path}" if self.keep else ""), flush=True)
         if self.keep:

@@ -24,9 +24,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 import archives
+from archives import EXTENSIONS
 from configs import stable_seed
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Pillow refuses images above twice this many pixels (a "decompression bomb"): here above 2^28,
 # so that a 20,000 x 10,000 panorama loads (its own limit refuses that) and 1 GiB is the most.
 Image.MAX_IMAGE_PIXELS = 1 << 27
@@ -105,7 +105,7 @@ class ImageFolder:
         """The images where chosen, bool [n], is true."""
         part, lengths = copy.copy(self), np.diff(self.offsets)
         part.names = self.names[np.repeat(chosen, lengths)]
-        part.offsets = np.cumsum([0, *lengths[chosen]], dtype=np.int64)
+        part.offsets = np.concatenate([[0], np.cumsum(lengths[chosen])])
         for name in {"labels", "tars", "starts", "sizes"} & set(vars(self)):
             setattr(part, name, getattr(self, name)[chosen])
         return part
@@ -136,27 +136,34 @@ class TarImages(ImageFolder):
         return decode(io.BytesIO(self.read(index))), int(self.labels[index])
 
 
-def scan(data, split: str, index: archives.Index) -> ImageFolder:
-    """The images of a split in the tars that `archives.find` finds, else in class folders. Raises
-    ValueError for images that lie flat, and where `scan_folder` or `Index.of` does."""
+def scan_tars(data, split: str, index: archives.Index | None = None) -> TarImages | None:
+    """The images of a split in tars, None where there are none. Raises ValueError where `Index.of`
+    does, and for an --index without tars."""
     folder, files = archives.find(data, split)
-    if not files:
-        if index.given:
-            raise ValueError(f"--index {index.path} has no effect: --data {data} holds no tars")
-        return scan_folder(data, split)
-    source = TarImages(folder, split, index.of(folder, split, files, EXTENSIONS))
-    if source.classes == [archives.stem(files[0])]:
-        raise ValueError(f"--data: the images in {files[0]} have no class: they are neither in "
-                         f"CLASS/ nor beside a .cls or .json"
+    index = index or archives.Index()
+    if files:
+        return TarImages(folder, split, index.of(folder, split, files))
+    if index.given:
+        raise ValueError(f"--index {index.path} has no effect: --data {data} holds no tars")
+    return None
+
+
+def scan(data, split: str, index: archives.Index | None) -> ImageFolder:
+    """The images of a split in tars, else in class folders. Raises ValueError for those in a tar
+    that have no class, and where `scan_tars` or `scan_folder` does."""
+    source = scan_tars(data, split, index)
+    if source and source.classes == [archives.stem(source.files[0])]:
+        raise ValueError(f"--data: the images in {source.files[0]} have no class: they are neither "
+                         f"in CLASS/ nor beside a .cls or .json"
                          + ("; name their classes with --val-labels" if split == "val" else ""))
-    return source
+    return source or scan_folder(data, split)
 
 
 def scan_folder(root, split: str) -> ImageFolder:
     """Lists the images of ROOT/SPLIT/CLASS/**, classes and paths sorted, hidden names left out.
 
     Raises ValueError, with the layout that is expected, for a missing folder, images outside the
-    class folders, no class folder, and class folders without an image or named like splits.
+    class folders, no class folder, and class folders without an image.
     """
     folder = os.path.normpath(os.path.join(root, split))
     expected = f"expected {os.path.join(folder, 'CLASS', 'image.jpg')}" + (
@@ -199,10 +206,9 @@ def scan_flat(root, split: str, label_of: dict[str, str] | None = None,
     and classes do not agree.
     """
     folder = os.path.normpath(os.path.join(root, split))
-    where, files = archives.find(root, split)
-    if files:
-        index = index or archives.Index()
-        source = TarImages(where, split, index.of(where, split, files, EXTENSIONS))
+    source = scan_tars(root, split, index)
+    if source:
+        folder = source.files[0]
     elif os.path.isfile(folder):
         root, name = os.path.split(folder)
         source = ImageFolder(root, "", [], os.fsencode(name), [len(os.fsencode(name))], [0])
@@ -215,7 +221,7 @@ def scan_flat(root, split: str, label_of: dict[str, str] | None = None,
         source = ImageFolder(root, split, [], b"".join(paths), map(len, paths), [0] * len(paths))
     source.classes, source.labels = classes or [""], np.zeros(len(source), np.int32)
     if label_of is not None:
-        _take_labels(source, files[0] if files else folder, label_of, classes)
+        _take_labels(source, folder, label_of, classes)
     return source
 
 
@@ -358,7 +364,6 @@ def open_data(data: str, image_hw: tuple[int, int], val_labels: str | None = Non
     """
     if data == "shapes":
         return Shapes(image_hw, "train"), Shapes(image_hw, "val")
-    index = index or archives.Index()
     if not has(data, "val") and val_labels is None:
         return hold_out(_whole(data, index), data, val_share or VAL_SHARE)
     check_share(data, val_share)
@@ -385,7 +390,6 @@ def open_val(data: str, image_hw: tuple[int, int], val_labels: str | None = None
     """
     if data == "shapes":
         return Shapes(image_hw, "val")
-    index = index or archives.Index()
     if val_labels is not None:
         return scan_flat(data, "val", read_labels(val_labels), classes, index)
     if not classes or has(data, "val") or val_share is None and has(data, "train"):
@@ -426,7 +430,7 @@ def check_share(data, val_share: float | None) -> None:
                          f"leave the flag out")
 
 
-def _whole(data, index: archives.Index) -> ImageFolder:
+def _whole(data, index: archives.Index | None) -> ImageFolder:
     """The images to split: of train, or of DATA itself. Raises ValueError, beside `scan`, for
     folders whose names say that they are another program's train and val."""
     split = "train" if has(data, "train") else ""
@@ -453,9 +457,9 @@ def hold_out(source: ImageFolder, data, share: float) -> tuple[ImageFolder, Imag
         return int.from_bytes(digest, "big") < share * 2**64
     held = np.fromiter(map(drawn, range(len(source))), bool, len(source))
     train, val = source.subset(~held), source.subset(held)
-    bare = set(source.labels.tolist()) - set(train.labels.tolist())
-    for what, odd in ((f"all images of {_first([source.classes[i] for i in sorted(bare)])}, where "
-                       f"each class needs one to train on: lower it, or add images", bare),
+    bare = [source.classes[i] for i in np.setdiff1d(source.labels, train.labels)]
+    for what, odd in ((f"all images of {_first(bare)}, where each class needs one to train on: "
+                       f"lower it, or add images", bare),
                       (f"none of the {len(source):,} images: raise it", not len(val))):
         if odd:
             raise ValueError(f"--val-share {share} of {data}, which has no val, holds out {what}")

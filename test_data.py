@@ -472,6 +472,8 @@ def test_a_flat_validation_tar_takes_its_classes_from_a_file(tmp_path):
         sources.open_data(tars, HW, labels)
     source = sources.scan_flat(val, "")
     assert len(source) == 3 and source.labels.tolist() == [0, 0, 0] and source.load(0)[0]
+    paint(tars / "1.png")  # what is unpacked comes first
+    assert [sources.scan_flat(tars, "").name(0)] == ["1.png"]
 
 
 def test_a_tar_that_cannot_be_used_is_an_error_that_names_it(tmp_path):
