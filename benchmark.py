@@ -25,9 +25,10 @@ import data
 from augment import draws
 from checkpoint import check_writable
 from configs import BenchmarkConfig, parse
+from memory import memory_plan
 from meter import mark, seconds_between
 from parallel import on_rank_0
-from plan import check_layout, largest_micro_batch, memory_plan, plan_batch
+from plan import check_layout, largest_micro_batch, plan_batch
 from runtime import (
     Run,
     build_model,

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -191,6 +192,9 @@ def test_training_ends_with_a_page_that_is_whole_and_by_itself(trained):
     wrong = round(15 * (1 - float(top1[:-2]) / 100))
     pictures = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert len(pictures) == wrong + 15 + 3 * 6 + 2
+    kinds = Counter(attrs.get("class") for tag, attrs in page.tags if tag == "figure")
+    assert kinds["wrong"] + kinds["right"] == wrong + 15 and kinds["wrong"] == 2 * wrong
+    assert (kinds["three"], kinds["big"], kinds["wide"]) == (6, 2, 1)
     marks = [attrs for tag, attrs in page.tags if attrs.get("class") == "mark"]
     lines = [json.loads(x) for x in (output / "metrics.jsonl").read_text().splitlines()]
     assert len(marks) == 5 and [x["step"] for x in lines if "resumed" in x] == [3]

@@ -30,10 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmark
 import kernels
+import memory
 import model as model_file
 import parallel
 import peer
-import plan
 import runtime
 import train
 from configs import MODELS, BenchmarkConfig, TrainConfig, parse
@@ -724,7 +724,7 @@ def _compiled_beside_eager(grid, folder=None):
         flags = TrainConfig(activation_checkpointing=mode, tensor_parallel_size=tp,
                             precision="fp32", tp_comm_overlap=bool(folder))
         blocks_alone = replace(config, pre_norm=False, fc_norm=True)  # none of all tokens outside
-        planned, one, two = (plan.activation_bytes(replace(blocks_alone, num_layers=n), flags, 2)
+        planned, one, two = (memory.activation_bytes(replace(blocks_alone, num_layers=n), flags, 2)
                              for n in (3, 1, 2))
         if mode == "selective":  # without what a block keeps while backward is in it
             planned -= one

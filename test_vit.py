@@ -60,6 +60,7 @@ from configs import (
     stable_seed,
 )
 from flags import check_only, flag_name
+from memory import memory_plan
 from meter import Meter
 from model import ViT, recompute
 from parallel import Axis, Grid, ShardedOptimizer, Split
@@ -67,7 +68,6 @@ from plan import (
     check_layout,
     largest_micro_batch,
     legal_tensor_parallel_sizes,
-    memory_plan,
     plan_batch,
 )
 from recipes import RECIPES, RECIPES_OF_MODELS
@@ -122,18 +122,20 @@ MAY_IMPORT = {
     "archives": "", "sources": "configs archives",
     "model": "configs parallel", "augment": "configs", "data": "configs augment",
     "checkpoint": "configs parallel", "resume": "configs checkpoint",
-    "plan": "configs parallel model", "meter": "configs parallel data", "watch": "",
+    "memory": "configs parallel model", "plan": "configs memory",
+    "meter": "configs parallel data", "watch": "",
     "runtime": "configs parallel model augment data meter watch",
     "evaluate": "configs parallel model archives sources augment data checkpoint plan meter "
                 "runtime weights",
     "hub": "flags", "nemo_file": "", "formats": "flags configs nemo_file",
     "export": "configs model checkpoint",
     "weights": "configs recipes parallel model checkpoint hub nemo_file formats export",
-    "train": "configs recipes parallel model archives sources augment data checkpoint resume plan "
-             "meter runtime evaluate weights report",
+    "train": "configs recipes parallel model archives sources augment data checkpoint resume "
+             "memory plan meter runtime evaluate weights report",
     "figures": "", "report": "configs parallel model checkpoint runtime evaluate figures",
     "kernels": "configs parallel model", "peer": "configs parallel model",
-    "benchmark": "configs parallel model sources augment data checkpoint plan meter runtime train"}
+    "benchmark": "configs parallel model sources augment data checkpoint memory plan meter runtime "
+                 "train"}
 
 
 def named_in(file):

@@ -31,9 +31,10 @@ from augment import loss_sum, soft_targets
 from checkpoint import Saver, load_newest
 from configs import TrainConfig, ViTConfig, parse, stable_seed, to_plain
 from evaluate import score
+from memory import checkpoint_bytes
 from meter import Meter
 from parallel import Grid, on_rank_0
-from plan import checkpoint_bytes, dry_run, plan_batch, run_length
+from plan import dry_run, plan_batch, run_length
 from recipes import FINE_TUNING, RECIPES
 from runtime import (
     Run,
