@@ -286,9 +286,9 @@ class ShortAttention(torch.autograd.Function):
 
         qkv [B, S, 3D], bias [3D] (which qkv already contains)  ->  y [B, S, D]
 
-    The bias is an argument for its gradient's sake, as in parallel.BiasGradient. L/16 at 248 images
-    on an H100 (torch 2.11): 0.68 ms a block, cuDNN's passes and the joining 1.09. A first version
-    of 0.83 ms took the step from 1,156 to 1,207 images/s.
+    The bias is an argument for its gradient's sake, as in BiasGradient. L/16 at 248 images on an
+    H100 (torch 2.11): 0.68 ms a block, cuDNN's passes and the joining 1.09. A first version of 0.83
+    ms took the step from 1,156 to 1,207 images/s.
     """
 
     @staticmethod

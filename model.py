@@ -215,8 +215,8 @@ class ViT(nn.Module):
         last = LastBlock if config.pool == "token" else Block
         self.blocks = nn.Sequential(*(Block(config, grid.tp, rate) for rate in rates[:-1]),
                                     last(config, grid.tp, rates[-1]))
-        norms = norm(), nn.Identity()                  # of the tokens, and of their mean
-        self.norm, self.fc_norm = reversed(norms) if config.fc_norm else norms
+        self.norm = nn.Identity() if config.fc_norm else norm()                # of the tokens
+        self.fc_norm = norm() if config.fc_norm else nn.Identity()             # of their mean
         self.pre_logits = PreLogits(d) if config.head == "mlp" else nn.Identity()
         self.head = nn.Linear(d, config.num_classes)
         if seed is not None and not self.pos_embed.is_meta:

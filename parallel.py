@@ -325,7 +325,7 @@ class Bucket:
         for name, param in self.params.items():
             self.view(full, name).copy_(param.data)
         self.exchange = exchange
-        self.weight = full.to(weight_dtype)  # the same tensor in fp32
+        self.weight = full.to(weight_dtype)  # where that is fp32, `full` itself
         mine = slice(self.begin, self.end)
         self.master = full[mine] if weight_dtype == torch.float32 else full[mine].clone()
         self.state = {}
@@ -354,11 +354,11 @@ class Bucket:
         runs = [(slice(0, cut), True), (slice(cut, self.end - self.begin), False)]
         return [run for run in runs if run[0].stop > run[0].start]
 
-    def decayed_parts(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """Of each weight with decay what this rank's slice, flat [n/N], holds: maybe nothing."""
-        begins = [self.offsets[name] - self.begin for name in self.params]
-        return [flat[max(begin, 0):max(begin + param.numel(), 0)] for begin, (name, param)
-                in zip(begins, self.params.items(), strict=True) if uses_weight_decay(name, param)]
+    def decayed_parts(self) -> list[torch.Tensor]:
+        """Of each weight with decay what this rank's slice of the masters holds, maybe nothing."""
+        begins = {name: self.offsets[name] - self.begin for name in self.params}
+        return [self.master[max(begins[name], 0):max(begins[name] + param.numel(), 0)]
+                for name, param in self.params.items() if uses_weight_decay(name, param)]
 
     def wait(self, *_) -> None:
         """Until the collective under way is done; also a forward pre-hook of the unit's module."""
@@ -472,12 +472,13 @@ class ShardedOptimizer:
         groups, states = {}, {}  # groups by (share of the lr, has weight decay)
         for i, unit in enumerate(reversed(units)):
             scale = layer_decay ** i
-            for bucket, run, decay in [(b, *run) for b in unit if not b.frozen for run in b.runs()]:
-                part = bucket.master[run]
-                part.grad = bucket.grad_mine[run]
-                states[part] = {name: bucket.state[name][run] for name in moments}
-                group = dict(params=[], weight_decay=weight_decay * decay, lr_scale=scale)
-                groups.setdefault((scale, decay), group)["params"].append(part)
+            for bucket in (bucket for bucket in unit if not bucket.frozen):
+                for run, decay in bucket.runs():
+                    part = bucket.master[run]
+                    part.grad = bucket.grad_mine[run]
+                    states[part] = {name: bucket.state[name][run] for name in moments}
+                    group = dict(params=[], weight_decay=weight_decay * decay, lr_scale=scale)
+                    groups.setdefault((scale, decay), group)["params"].append(part)
         if adam:
             self.optimizer = torch.optim.AdamW(groups.values(), betas=betas, eps=eps, fused=True)
             for state in states.values():
@@ -558,10 +559,8 @@ class ShardedOptimizer:
 
         and AdamW's step for the others. AdamW gives d: from w = 0 it steps to -lr * m / (...).
         """
-        w, d = ([part for bucket, flat in zip(self.trained, flats, strict=True)
-                 for part in bucket.decayed_parts(flat)]
-                for flats in ([bucket.master.clone() for bucket in self.trained],
-                              [bucket.master for bucket in self.trained]))
+        d = [part for bucket in self.trained for part in bucket.decayed_parts()]  # views
+        w = [part.clone() for part in d]
         torch._foreach_zero_(d)
         self.optimizer.step()
         torch._foreach_add_(d, w, alpha=-lr * self.weight_decay)                         # -d
