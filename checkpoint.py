@@ -26,6 +26,7 @@ import torch
 
 from parallel import ShardedOptimizer, all_gather_object, full_shape, shard
 
+FAILED = -1  # in place of the step that a rank has written
 READERS = 8  # threads that compute checksums; zlib lets go of the interpreter meanwhile
 
 
@@ -119,12 +120,13 @@ class Saver:
     """Saves beside the training; at most one save is under way.
 
         begin     masters and moments to host memory, in the order of the device's work
-        (thread)  writes and syncs this rank's file; `written` is then the step
+        (thread)  writes and syncs this rank's file; `written` is then the step, or FAILED
         publish   when all ranks have written, at the same step of each: rename, best, prune
 
-    The host memory is allocated once, page-locked on CUDA. Where a rank has not got the room, begin
-    does all of it before it returns; `note` says which. Every method is collective and raises
-    OSError on all ranks, whatever failed on one; a save that failed leaves the earlier ones.
+    The host memory is allocated once, page-locked on CUDA, beside what else a start does. Where a
+    rank has not got the room, begin does all of it before it returns; `note` says which. Every
+    method is collective and raises OSError on all ranks, whatever failed on one; a save that failed
+    leaves the earlier ones.
 
     room: bytes of host memory that this rank may take; say: prints a line.
     keep_last: newest checkpoints kept, 0: all; keep_best: and those of the best validation top-1.
@@ -135,7 +137,7 @@ class Saver:
         self.root, self.optimizer, self.grid, self.say = root, optimizer, optimizer.grid, say
         self.keep_last, self.keep_best = keep_last, keep_best
         self.step = self.newest = self.thread = self.remover = None  # step: of the latest begin
-        self.written, self.host, grid = 0, None, self.grid
+        self.written, self.host, grid = 0, None, self.grid  # host: a future
         shapes = {n: full_shape(p, grid.tp) for b in optimizer.buckets for n, p in b.params.items()}
         self.owner = _share_out({n: math.prod(s) for n, s in shapes.items()}, grid.world.size)
         mine = {(n, kind): shapes[n] for b in optimizer.buckets for n in b.params
@@ -144,10 +146,7 @@ class Saver:
         self._allocate = partial(host_tensors, mine, pin=optimizer.device.type == "cuda")
         short = all_gather_object(max(need - room, 0), grid.world)
         if not any(short):
-            with contextlib.suppress(RuntimeError, MemoryError):
-                self.host = self._allocate()
-        if not all(all_gather_object(self.host is not None, grid.world)):
-            self.host = None
+            self.host = ThreadPoolExecutor(1).submit(self._allocate)
         self.note = (f"saving beside the training: {need / 2**30:.2f} GiB of host memory per rank"
                      if self.host else f"saving stops the training: beside it, it would take "
                      f"{need / 2**30:.2f} GiB of host memory per rank, {max(short) / 2**30:.2f} "
@@ -164,10 +163,13 @@ class Saver:
         if self.thread is not None and self.thread.is_alive():
             self.say(f"step {step}: waiting until the checkpoint of step {self.step} is written")
         self._finish()
-        self.step, self.meta, error, host = step, meta, None, self.host
+        self.step, self.meta, error, self.report = step, meta, None, (None, 0, {})
         self.temporary = self.root / f".step_{step:08d}.tmp"
         try:
-            host = host or self._allocate(pin=False)  # page-locked memory would not be given back
+            if self.host is not None and self.host.exception() is None:
+                host = self.host.result()
+            else:  # for this save alone: page-locked memory would not be given back
+                host = self._allocate(pin=False)
             if self.grid.world.rank == 0:
                 shutil.rmtree(self.temporary, ignore_errors=True)
                 self.temporary.mkdir(parents=True)
@@ -200,12 +202,13 @@ class Saver:
             self.report = None, file.stat().st_size, crcs
         except Exception as e:  # whatever it is, all ranks are to hear of it
             self.report = f"rank {self.grid.world.rank} could not write {file}: {e}", 0, {}
-        self.written = self.step
+        self.written = FAILED if self.report[0] else self.step
 
     def publish(self, written: int) -> None:
-        """Completes the save under way if all ranks have written the step `written`, or a later."""
-        if self.thread is not None and written >= self.step:
-            self._finish()
+        """Completes the save under way if all ranks have written the step `written`, or a later;
+        one that has FAILED on a rank is an error at once, whatever others are still writing."""
+        if self.thread is not None and (written >= self.step or written == FAILED):
+            self._finish(wait=written != FAILED)
 
     def wait(self) -> None:
         """Until no save and no removal is under way."""
@@ -213,10 +216,11 @@ class Saver:
         if self.remover is not None:
             self.remover.join()
 
-    def _finish(self) -> None:
+    def _finish(self, wait: bool = True) -> None:
         if self.thread is None:
             return
-        self.thread.join()
+        if wait:
+            self.thread.join()
         self.thread, error, reports = None, None, all_gather_object(self.report, self.grid.world)
         if self.grid.world.rank == 0:
             errors = [error for error, _, _ in reports if error]

@@ -246,10 +246,9 @@ class ViT(nn.Module):
         x = self.norm(x[:, 0]) if self.config.pool == "token" else self.norm(x[:, first:]).mean(1)
         return self.head(self.pre_logits(self.fc_norm(x)))                     # [B, num_classes]
 
-    @torch.no_grad()
-    def init_weights(self, seed: int, loaded=()) -> None:
+    def init_weights(self, seed: int, loaded=(), each=map) -> None:
         """Every full parameter is drawn from (seed, its name), then cut for tp: the same model for
-        every layout. Those that are to be `loaded` are left empty.
+        every layout. Those that are to be `loaded` are left empty. each: map, or a pool's.
 
         Weights normal, std 0.02, as in timm; what reads pixels or feeds a tanh keeps its input's
         size, std 1 / sqrt(fan in) (patch embedding, pre_logits); biases and class tokens zero, and
@@ -257,9 +256,7 @@ class ViT(nn.Module):
         by 1 / sqrt(2 layers), and starts the logits at -10, which softmax does not see but bf16
         does. Compared on digits and photographs: RESULTS.md, "Initial weights".
         """
-        for name, param in self.named_parameters():
-            if name in loaded:
-                continue
+        def draw(name, param):
             generator = torch.Generator().manual_seed(stable_seed(seed, name))
             full = torch.empty(full_shape(param, self.grid.tp), device="cpu")
             if "norm" in name and name.endswith("weight"):
@@ -272,7 +269,10 @@ class ViT(nn.Module):
                 full.normal_(0.0, full[0].numel() ** -0.5, generator=generator)
             else:
                 full.normal_(0.0, 0.02, generator=generator)
-            param.copy_(shard(full, param, self.grid.tp))
+            param.data.copy_(shard(full, param, self.grid.tp))
+
+        named = {n: p for n, p in self.named_parameters() if n not in loaded}
+        list(each(draw, named.keys(), named.values()))
 
     def freeze(self) -> None:
         """--freeze backbone, a linear probe: only the head gets gradients, so that autograd keeps

@@ -35,7 +35,7 @@ def check_room(output: Path, need: int, limit: float = math.inf) -> list[str]:
     """Finds a disk too full for a checkpoint of `need` bytes before step 0: ValueError. Returns a
     line for the log if one takes longer than `limit`, seconds that a job has after SIGTERM, less 5.
 
-    Below 2 GB it is taken to be in time; else the rate of a file of 256 MB, synced, tells.
+    Below 2 GB it is taken to be in time; else the rate of a file of 1 GiB, synced, tells.
     """
     check_writable(output / "checkpoints")
     free = shutil.disk_usage(output).free
@@ -45,8 +45,8 @@ def check_room(output: Path, need: int, limit: float = math.inf) -> list[str]:
     if need < 2e9:
         return []
     probe, begin = output / "checkpoints" / ".write-test.tmp", time.perf_counter()
-    write_synced(probe, lambda f: [f.write(bytes(2**24)) for _ in range(16)])
-    rate = 2**28 / (time.perf_counter() - begin)
+    write_synced(probe, lambda f: [f.write(bytes(2**24)) for _ in range(64)])
+    rate = 2**30 / (time.perf_counter() - begin)
     probe.unlink()
     return [] if need / rate < limit - 5 else [
         f"note: a checkpoint of {need / 2**30:.1f} GiB takes about {need / rate:.0f} s at the "

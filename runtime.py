@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -242,7 +243,8 @@ def build_model(run: Run, seed: int | None = None, loaded=()) -> tuple[ViT, str]
     with device:
         model = ViT(run.vit, grid, seed=None)
     if seed is not None:
-        model.init_weights(seed, loaded)
+        with ThreadPoolExecutor() as pool:  # g/14 on 16 cores: 0.7 s, not 7
+            model.init_weights(seed, loaded, each=pool.map)
     if training and config.freeze == "backbone":
         model.freeze()
     kernels = optional("kernels")

@@ -47,10 +47,10 @@ def _save_beside(folder):
     original, last = checkpoint.write_synced, grid.world.rank == grid.world.size - 1
 
     def slow(path, write):
-        release.wait()
-        time.sleep(0.3 * last)
         if fail and last:
             raise OSError("the disk is on fire")
+        release.wait()
+        time.sleep(0.3 * last)
         original(path, write)
     checkpoint.write_synced, fail = slow, False
     optimizer = optimizer_of(ViT(TINY, grid), grid)
@@ -81,12 +81,14 @@ def _save_beside(folder):
     seen.append((polls, said, names(root)))
     torch.distributed.barrier()
     fail = True
+    release.clear()  # rank 0 goes on writing
     saver.begin(4, {})
     with pytest.raises(OSError, match="step 4 failed, earlier ones are untouched: rank 1 could not "
                                       "write .*the disk is on fire"):
         while True:
             stop.poll(saver.written)
             saver.publish(stop.written)
+    release.set()
     (root / "file").write_text("")
     saver.root = root / "file"  # rank 0 alone makes the directory
     with pytest.raises(OSError, match="step 5 failed, earlier ones are untouched: rank 0 could not "
@@ -116,8 +118,8 @@ def test_saving_goes_on_beside_the_training(tmp_path):
     """On 2 ranks: begin returns while nothing can be written, and nothing is published; both
     publish at the same poll, after the slower one has written; what is saved is the state at begin,
     whatever was updated since. A second save waits for the first and says so. A rank that cannot
-    write, a directory that cannot be made, a tensor that is damaged and that one rank alone reads:
-    an error on both, and the earlier checkpoints stay."""
+    write while the other still does, a directory that cannot be made, a tensor that is damaged and
+    that one rank alone reads: an error on both, and the earlier checkpoints stay."""
     (first, second), _, _ = run_ranks(2, _save_beside, str(tmp_path))
     for nothing_yet, note, as_begun, (polls, _, found) in (first, second):
         assert nothing_yet and as_begun and polls > 1
@@ -317,7 +319,7 @@ def test_what_changes_the_model_is_refused_by_name(optimizer, tmp_path):
 def test_a_slow_disk_is_said_before_the_first_step(tmp_path, monkeypatch):
     """A checkpoint of 3 GB on a disk of 2.5 GB/s does not fit into 6 s less 5, and does into 9."""
     def slow(path, write):
-        time.sleep(2**28 / 2.5e9)
+        time.sleep(2**30 / 2.5e9)
         path.write_bytes(b"")
     monkeypatch.setattr(resume, "write_synced", slow)
     (line,) = resume.check_room(tmp_path, int(3e9), 6)

@@ -2203,9 +2203,9 @@ def test_the_meter_reads_a_step_late_and_leaves_pauses_out(tmp_path):
 # ----------------------------------------------------------------------------- fine-tuning
 def _fine_tuning(argv):
     """train.main that says which weights are drawn."""
-    def init_weights(self, seed, loaded=(), original=ViT.init_weights):
+    def init_weights(self, seed, loaded=(), each=map, original=ViT.init_weights):
         print("drawn:", *sorted(set(self.state_dict()) - set(loaded)))
-        original(self, seed, loaded)
+        original(self, seed, loaded, each)
     ViT.init_weights = init_weights
     train.main(argv)
 
