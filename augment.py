@@ -12,6 +12,7 @@ and restores.
 
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +24,29 @@ from PIL import Image
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 
 
-# ----------------------------------------------------------------------------- in the workers
+# ----------------------------------------------------------------------------- a view as numbers
+class View(NamedTuple):
+    """What one view shows of an image: all that was drawn for it, in pixels and torchvision's
+    magnitudes. Whoever makes the pixels, a worker or the device (`device_views`), reads this."""
+    crop: tuple[float, float, float, float]  # top, left, bottom, right of what is resized
+    alone: bool = True  # the resizing filter sees nothing beyond the crop
+    flip: bool = False
+    operations: tuple[tuple[str, float], ...] = ()  # name, magnitude; in turn
+    erased: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, height, width in the view
+
+
 def train_transform(config, image_hw: tuple[int, int]):
-    """The random view of config.augmentation, a function of a PIL image, picklable.
+    """The random view of config.augmentation, a function of a PIL image, picklable."""
+    return (CentreView if config.augmentation == "none" else RandomView)(config, image_hw)
+
+
+def eval_transform(config, image_hw: tuple[int, int]):
+    """The view of evaluation, `centre_view` at config.crop_ratio, as `train_transform` gives it."""
+    return CentreView(config, image_hw)
+
+
+class RandomView:
+    """Random crop and flip, then of config.augmentation
 
     nemo            AutoAugment's ImageNet policy; its colour jitter is left to the device
     randaugment     torchvision's: N of 14 operations at magnitude M of 30 (timm's m9 is 27 of
@@ -33,58 +54,149 @@ def train_transform(config, image_hw: tuple[int, int]):
     trivialaugment  torchvision's TrivialAugmentWide, likewise
     3-augment       of DeiT-III (arXiv:2204.07118): grey, solarized or blurred; then jitter likewise
 
-    Resizing is torch's, on bytes: a third of the time of Pillow's. Pillow turns images faster.
+    and erasing. `draw` draws what torchvision's transforms draw, in their order, from the sizes
+    alone; `apply` makes the pixels. Resizing is torch's, on bytes: a third of the time of Pillow's.
+    Pillow turns images faster.
     """
-    if config.augmentation == "none":
-        return eval_transform(config, image_hw)
-    from torchvision.transforms import v2  # seconds, which whoever only evaluates need not wait
-    own = {
-        "crop": [], "crop-flip": [],
-        "nemo": [_to_pil, v2.AutoAugment(interpolation=BICUBIC, fill=128), _to_tensor],  # grey 128
-        "randaugment": [_to_pil, v2.RandAugment(*config.rand_augment, interpolation=BILINEAR),
-                        _to_tensor],
-        "trivialaugment": [_to_pil, v2.TrivialAugmentWide(interpolation=BILINEAR), _to_tensor],
-        "3-augment": [v2.RandomChoice([v2.Grayscale(3), v2.RandomSolarize(128, p=1.0),
-                                       v2.GaussianBlur(13, sigma=(0.1, 2.0))])]}
-    assert config.augmentation in own, f"--augmentation {config.augmentation} has no view"
-    steps = [_to_tensor, v2.RandomResizedCrop(image_hw, scale=(config.crop_scale, 1.0),
-                                              interpolation=BICUBIC)]
-    if config.augmentation != "crop":
-        steps += [v2.RandomHorizontalFlip()]
-    steps += own[config.augmentation]
-    if config.random_erasing:  # with the mean, to a byte: 0 once normalised, torchvision's default
-        grey = [round(255 * value) for value in config.mean]
-        steps += [v2.RandomErasing(config.random_erasing, value=grey)]
-    return functools.partial(_in_turn, steps)
+
+    def __init__(self, config, image_hw: tuple[int, int]):
+        from torchvision.transforms import v2  # seconds, which whoever only evaluates need not wait
+        policies = {
+            "crop": None, "crop-flip": None, "3-augment": None,
+            "nemo": v2.AutoAugment(interpolation=BICUBIC, fill=128),  # grey 128, as NeMo
+            "randaugment": v2.RandAugment(*config.rand_augment, interpolation=BILINEAR),
+            "trivialaugment": v2.TrivialAugmentWide(interpolation=BILINEAR)}
+        name = config.augmentation
+        assert name in policies, f"--augmentation {name} has no view"
+        self.image_hw, self.policy, self.flips = image_hw, policies[name], name != "crop"
+        self.three = name == "3-augment"
+        self.crop = v2.RandomResizedCrop(image_hw, scale=(config.crop_scale, 1.0))
+        # with the mean, to a byte: 0 once normalised, torchvision's default
+        self.grey = [round(255 * value) for value in config.mean]
+        self.erasing = v2.RandomErasing(config.random_erasing, value=self.grey)
+
+    def draw(self, source_hw: tuple[int, int]) -> View:
+        """The view of an image of this height and width."""
+        crop = self.crop.make_params([_blank(source_hw)])
+        flip = self.flips and bool(torch.rand(1) < 0.5)
+        operations, erased = (), (0, 0, 0, 0)
+        if self.policy:
+            operations = _drawn(self.policy, self.image_hw)
+        elif self.three:
+            operations = (_draw_three(),)
+        if self.erasing.p and torch.rand(1) < self.erasing.p:
+            box = self.erasing.make_params([_blank(self.image_hw)])
+            if box["v"] is not None:
+                erased = tuple(box[side] for side in ("i", "j", "h", "w"))
+        top, left = crop["top"], crop["left"]
+        return View((top, left, top + crop["height"], left + crop["width"]), True, flip, operations,
+                    erased)
+
+    def apply(self, image: Image.Image, view: View) -> torch.Tensor:
+        from torchvision.transforms.v2 import functional as v2
+        top, left, bottom, right = view.crop
+        pixels = v2.resize(_to_tensor(image)[:, top:bottom, left:right], self.image_hw, BICUBIC)
+        if view.flip:
+            pixels = pixels.flip(2)
+        if self.policy and view.operations:
+            image = _to_pil(pixels)
+            for name, magnitude in view.operations:
+                image = self.policy._apply_image_or_video_transform(
+                    image, name, magnitude, self.policy.interpolation, self.policy._fill)
+            pixels = _to_tensor(image)
+        for name, magnitude in view.operations if self.three else ():
+            if name == "Grey":
+                pixels = v2.rgb_to_grayscale(pixels, 3)
+            elif name == "Solarize":
+                pixels = v2.solarize(pixels, 255 * magnitude)
+            else:
+                pixels = v2.gaussian_blur(pixels, [BLUR, BLUR], [magnitude, magnitude])
+        top, left, height, width = view.erased
+        if height * width:
+            box = torch.tensor(self.grey, dtype=torch.uint8)[:, None, None]
+            pixels = pixels.clone()
+            pixels[:, top:top + height, left:left + width] = box
+        return pixels
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self.apply(image, self.draw((image.height, image.width)))
 
 
-def eval_transform(config, image_hw: tuple[int, int]):
-    """The view of evaluation, `centre_view` at config.crop_ratio, as `train_transform` gives it."""
-    view = functools.partial(centre_view, image_hw=image_hw, crop_ratio=config.crop_ratio)
-    return functools.partial(_in_turn, [view, _to_tensor])
+class CentreView:
+    """`centre_view` at config.crop_ratio; nothing is drawn."""
+
+    def __init__(self, config, image_hw: tuple[int, int]):
+        self.image_hw, self.crop_ratio = image_hw, config.crop_ratio
+
+    def draw(self, source_hw: tuple[int, int]) -> View:
+        return View(centre_box(source_hw, self.image_hw, self.crop_ratio), alone=False)
+
+    def apply(self, image: Image.Image, view: View) -> torch.Tensor:
+        return _to_tensor(_resize(image, view.crop, self.image_hw))
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return _to_tensor(centre_view(image, self.image_hw, self.crop_ratio))
 
 
-def centre_view(image: Image.Image, image_hw: tuple[int, int], crop_ratio: float) -> Image.Image:
-    """Resizes to cover image_hw / crop_ratio, aspect kept, then cuts the centre image_hw.
+BLUR = 13  # the side of 3-augment's blur, in pixels
+
+
+def _draw_three() -> tuple[str, float]:
+    """v2.RandomChoice of grey, RandomSolarize(128, p=1) and GaussianBlur(13, (0.1, 2.0))."""
+    choice = int(torch.multinomial(torch.full((3,), 1 / 3), 1))
+    if choice == 0:
+        return "Grey", 0.0
+    if choice == 1:
+        torch.rand(1)  # whether to solarize: always
+        return "Solarize", 128 / 255
+    return "Blur", torch.empty(1).uniform_(0.1, 2.0).item()  # of sigma, in pixels
+
+
+def _drawn(policy, image_hw: tuple[int, int]) -> tuple[tuple[str, float], ...]:
+    """What a policy of torchvision would do to an image of this size."""
+    drawn = []
+
+    def note(image, name, magnitude, interpolation, fill):
+        drawn.append((name, magnitude))
+        return image
+    policy._apply_image_or_video_transform = note
+    policy(_blank(image_hw))
+    del policy._apply_image_or_video_transform  # the class's is there again
+    return tuple(drawn)
+
+
+@functools.lru_cache(16)
+def _blank(image_hw: tuple[int, int]) -> torch.Tensor:
+    """An image of this size in one byte: what is drawn depends on the size alone."""
+    return torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, *image_hw)
+
+
+def centre_box(source_hw: tuple[int, int], image_hw: tuple[int, int], crop_ratio: float):
+    """(top, left, bottom, right) in source pixels of the centre image_hw of an image that was
+    resized to cover image_hw / crop_ratio, aspect kept.
 
     For a square, torchvision's Resize(round(side / crop_ratio)) and CenterCrop(side). Done as one
     resize of the part that is kept, so a 1 x 20,000 image costs no more than any other.
     """
-    h, w = image_hw
+    (height, width), (h, w) = source_hw, image_hw
     cover_h, cover_w = round(h / crop_ratio), round(w / crop_ratio)
-    if cover_w * image.height >= cover_h * image.width:  # the width decides the scale
-        resized_h, resized_w = int(cover_w * image.height / image.width), cover_w
+    if cover_w * height >= cover_h * width:  # the width decides the scale
+        resized_h, resized_w = int(cover_w * height / width), cover_w
     else:
-        resized_h, resized_w = cover_h, int(cover_h * image.width / image.height)
+        resized_h, resized_w = cover_h, int(cover_h * width / height)
     top, left = round((resized_h - h) / 2), round((resized_w - w) / 2)
-    y, x = image.height / resized_h, image.width / resized_w  # source pixels per resized pixel
-    return image.resize((w, h), BICUBIC, box=(left * x, top * y, (left + w) * x, (top + h) * y))
+    y, x = height / resized_h, width / resized_w  # source pixels per resized pixel
+    return top * y, left * x, (top + h) * y, (left + w) * x
 
 
-def _in_turn(steps, image):
-    for step in steps:
-        image = step(image)
-    return image
+def centre_view(image: Image.Image, image_hw: tuple[int, int], crop_ratio: float) -> Image.Image:
+    """The part of `centre_box`, resized to image_hw."""
+    return _resize(image, centre_box((image.height, image.width), image_hw, crop_ratio), image_hw)
+
+
+def _resize(image: Image.Image, box, image_hw: tuple[int, int]) -> Image.Image:
+    top, left, bottom, right = box
+    return image.resize(image_hw[::-1], BICUBIC, box=(left, top, right, bottom))
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:
