@@ -63,13 +63,14 @@ class RandomView:
         from torchvision.transforms import v2  # seconds, which whoever only evaluates need not wait
         policies = {
             "crop": None, "crop-flip": None, "3-augment": None,
-            "nemo": v2.AutoAugment(interpolation=BICUBIC, fill=128),  # grey 128, as NeMo
+            "nemo": v2.AutoAugment(interpolation=BICUBIC, fill=128),
             "randaugment": v2.RandAugment(*config.rand_augment, interpolation=BILINEAR),
             "trivialaugment": v2.TrivialAugmentWide(interpolation=BILINEAR)}
         name = config.augmentation
         assert name in policies, f"--augmentation {name} has no view"
         self.image_hw, self.policy, self.flips = image_hw, policies[name], name != "crop"
         self.three = name == "3-augment"
+        self.turned = (BICUBIC, 128) if name == "nemo" else (BILINEAR, 0)  # filter, what is outside
         self.crop = v2.RandomResizedCrop(image_hw, scale=(config.crop_scale, 1.0))
         # with the mean, to a byte: 0 once normalised, torchvision's default
         self.grey = [round(255 * value) for value in config.mean]
@@ -92,10 +93,11 @@ class RandomView:
         return View((top, left, top + crop["height"], left + crop["width"]), True, flip, operations,
                     erased)
 
-    def apply(self, image: Image.Image, view: View) -> torch.Tensor:
+    def apply(self, image: Image.Image | torch.Tensor, view: View) -> torch.Tensor:
         from torchvision.transforms.v2 import functional as v2
         top, left, bottom, right = view.crop
-        pixels = v2.resize(_to_tensor(image)[:, top:bottom, left:right], self.image_hw, BICUBIC)
+        pixels = image if isinstance(image, torch.Tensor) else _to_tensor(image)
+        pixels = v2.resize(pixels[:, top:bottom, left:right], self.image_hw, BICUBIC)
         if view.flip:
             pixels = pixels.flip(2)
         if self.policy and view.operations:
@@ -118,8 +120,10 @@ class RandomView:
             pixels[:, top:top + height, left:left + width] = box
         return pixels
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        return self.apply(image, self.draw((image.height, image.width)))
+    def __call__(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        """Of a PIL image, or of bytes [3, height, width]."""
+        source_hw = image.shape[1:] if isinstance(image, torch.Tensor) else image.size[::-1]
+        return self.apply(image, self.draw(tuple(source_hw)))
 
 
 class CentreView:

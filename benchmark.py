@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import default_collate
 
 import data
+import device_views
 from augment import draws
 from checkpoint import check_writable
 from configs import BenchmarkConfig, parse
@@ -121,9 +122,10 @@ def loader_rate(run: Run, timer: Timer, source, rate: float) -> None:
     stream = batches()
     timer.seconds(stream, WARM_UP)
     together = config.steps * config.global_batch_size / sum(timer.seconds(stream, config.steps))
+    _, decode = device_views.choose(config.decode, source, run.device)
     run.log.print(f"{config.data} with {config.num_workers} workers a process, augmentation "
-                  f"{config.augmentation}: loader alone {loader:,.1f} images/s, steps with it "
-                  f"{together:,.1f} ({100 * together / rate:.1f} % of those without)")
+                  f"{config.augmentation}, {decode}: loader alone {loader:,.1f} images/s, steps "
+                  f"with it {together:,.1f} ({100 * together / rate:.1f} % of those without)")
 
 
 CATEGORIES = {  # by the names of kernels, first match; the rest is elementwise
@@ -189,6 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         if config.data:
             source, _ = on_rank_0(grid, lambda: open_data(config.data, vit.image_hw))
             vit = dataclasses.replace(vit, num_classes=len(source.classes))
+            device_views.choose(config.decode, source, device)
         run = Run(config, vit, grid, device, micro_batch=micro, accumulation=accumulation)
         model, kernels = build_model(run, config.seed)
         optimizer, exchange = build_optimizer(run, model)

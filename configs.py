@@ -220,6 +220,9 @@ class Loader(Checked):
     num_workers: int = flag(8, "processes per rank that load images", NOT_NEGATIVE)
     prefetch_factor: int = flag(4, "micro-batches that each worker holds ready", POSITIVE)
     pin_memory: bool = flag(True, "page-locked host batches (on CUDA)")
+    decode: Literal["auto", "cpu", "gpu"] = flag(
+        "auto", "who makes the views of JPEG files; cpu: workers; gpu: they read files, the GPU "
+        "decodes, crops, augments; auto: the GPU where it decodes JPEGs")
 
 
 @dataclass(frozen=True)
@@ -379,6 +382,7 @@ class BenchmarkConfig(Step, Loader):
     num_workers: int = also(Loader, "num_workers", data=GIVEN)
     prefetch_factor: int = also(Loader, "prefetch_factor", data=GIVEN)
     pin_memory: bool = also(Loader, "pin_memory", data=GIVEN)
+    decode: Literal["auto", "cpu", "gpu"] = also(Loader, "decode", data=GIVEN)
     rand_augment: tuple[int, int] = also(Step, "rand_augment", data=GIVEN)
     random_erasing: float = also(Step, "random_erasing", data=GIVEN)
     repeated_augmentation: int = also(Step, "repeated_augmentation", data=GIVEN)

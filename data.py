@@ -20,11 +20,13 @@ A batch is images uint8 [b, 3, H, W], labels int64 [b], indices int64 [b] and dr
     label -100, index -1      padding of an evaluation batch, drawn black
 
 draws is a dict of rows float32 [b, ...], empty but in training: what the worker draws with the
-view's generator and leaves to the device, colour jitter and mixing (`augment.draws`).
+view's generator and leaves to the device, colour jitter and mixing (`augment.draws`). With
+--decode gpu the worker leaves all pixels of a JPEG to it (`device_views`), and images are there.
 """
 
 import contextlib
 import functools
+import gc
 import math
 import os
 import shutil
@@ -36,7 +38,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from augment import draws, eval_transform, train_transform
+import device_views
+from augment import RandomView, draws, eval_transform, train_transform
 from configs import stable_seed
 
 IGNORE = -100  # the default ignore_index of F.cross_entropy
@@ -162,27 +165,38 @@ def eval_loader(source, config, image_hw: tuple[int, int], batch: int, rank: int
 
 
 def _loader(views: Views, sampler, config, batch: int, world: int, device):
-    """A DataLoader that leaves the global generators alone and outlives a SIGTERM.
+    """A DataLoader that leaves the global generators alone and outlives a SIGTERM; with --decode
+    gpu, DeviceViews of its files.
 
     Workers start with each iteration and end with it: training iterates once, and between
     evaluations idle workers would only hold memory. They are forked where Python can do so
     safely, on Linux (3.14 would choose forkserver): a fork starts at once and shares the index,
     and is safe after CUDA and NCCL have started because a worker touches neither.
-    Raises ValueError if the batches held ready do not fit in shared memory.
+    Raises ValueError if the batches held ready do not fit in shared memory, or --decode gpu cannot
+    be.
     """
-    device = torch.device(device)
-    workers = config.num_workers
+    device, source, workers = torch.device(device), views.source, config.num_workers
+    on_device, _ = device_views.choose(config.decode, source, device)
+    batch_bytes = 3 * batch * views.image_hw[0] * views.image_hw[1]
+    if on_device:
+        transform, batch_bytes = views.transform, device_views.batch_bytes(
+            source, batch, views.image_hw)
+        views.source, views.transform = device_views.Files(source), device_views.Numbers(transform)
+    elif isinstance(views.transform, RandomView) and hasattr(source, "read") and (
+            device_views.same_pixels()):
+        views.source = device_views.Files(source, device_views.decode_here)
     if workers:
         ranks_here = min(world, torch.cuda.device_count()) if device.type == "cuda" else world
-        _check_shared_memory(ranks_here * workers * config.prefetch_factor,
-                             3 * batch * views.image_hw[0] * views.image_hw[1])
-    return DataLoader(
+        _check_shared_memory(ranks_here * workers * config.prefetch_factor, batch_bytes)
+    loader = DataLoader(
         views, batch_sampler=sampler, num_workers=workers,
         prefetch_factor=config.prefetch_factor if workers else None,
-        pin_memory=config.pin_memory and device.type == "cuda",
+        pin_memory=config.pin_memory and device.type == "cuda" and not on_device,
+        collate_fn=device_views.pack if on_device else None,
         generator=torch.Generator(),  # without it each iteration draws from the global one
         worker_init_fn=_start_worker,
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
+    return device_views.DeviceViews(loader, transform, device) if on_device else loader
 
 
 def _check_shared_memory(batches: int, batch_bytes: int, path: str = "/dev/shm") -> None:
@@ -202,6 +216,7 @@ def _start_worker(worker_id: int) -> None:
     SIGTERM from any sender but its own trainer, which ends workers that way. (Ignoring that one
     too would leave a trainer that failed waiting for its workers for ever.)
     """
+    gc.freeze()  # collections leave the trainer's objects alone, and so copy none of their pages
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
         return

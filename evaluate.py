@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import data
+import device_views
 import sources
 from archives import Index
 from checkpoint import check_writable, write_atomically
@@ -289,7 +290,8 @@ def open_model(config: EvalConfig, given: dict, grid: Grid, device: torch.device
     run.log.print(f"images {' x '.join(map(str, vit.image_hw))} px, crop ratio {config.crop_ratio},"
                   f" mean {config.mean}, std {config.std}")
     run.log.print(f"batch {micro} x dp {grid.dp.size}; tp {tp}, {grid.world.size} x "
-                  f"{device_name(device)}, precision {config.precision}, {kernels}")
+                  f"{device_name(device)}, precision {config.precision}, {kernels}; "
+                  f"{device_views.choose(config.decode, images, device)[1]}")
     return run, model, images, loader, class_names(facts["classes"], vit.num_classes)
 
 

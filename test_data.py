@@ -751,7 +751,8 @@ def test_layout_and_resume_do_not_change_batches_or_pixels():
 def test_evaluation_counts_each_image_once(world, batch):
     """All ranks have as many equal batches; every image is in one; the rest is padding. What
     training alone needs, seed, augmentation and global batch, the config need not have."""
-    config = SimpleNamespace(crop_ratio=0.875, num_workers=0, prefetch_factor=4, pin_memory=True)
+    config = SimpleNamespace(crop_ratio=0.875, num_workers=0, prefetch_factor=4, pin_memory=True,
+                             decode="auto")
     source = few_shapes(45, "val")
     ranks = [list(data.eval_loader(source, config, HW, batch, r, world, "cpu"))
              for r in range(world)]

@@ -119,23 +119,24 @@ class Operations(TorchDispatchMode):
 # What each file may import of the others, from the first page of the book to the last.
 MAY_IMPORT = {
     "flags": "", "recipes": "", "configs": "flags recipes", "parallel": "configs",
-    "archives": "", "sources": "configs archives",
-    "model": "configs parallel", "augment": "configs", "data": "configs augment",
+    "archives": "", "sources": "configs archives", "model": "configs parallel",
+    "augment": "configs", "pixels": "augment", "device_views": "sources augment pixels",
+    "data": "configs augment device_views",
     "checkpoint": "configs parallel", "resume": "configs checkpoint",
     "memory": "configs parallel model", "plan": "configs memory",
     "meter": "configs parallel data", "watch": "",
     "runtime": "configs parallel model augment data meter watch",
-    "evaluate": "configs parallel model archives sources augment data checkpoint plan meter "
-                "runtime weights",
+    "evaluate": "configs parallel model archives sources augment data device_views checkpoint "
+                "plan meter runtime weights",
     "hub": "flags", "nemo_file": "", "formats": "flags configs nemo_file",
     "export": "configs model checkpoint",
     "weights": "configs recipes parallel model checkpoint hub nemo_file formats export",
-    "train": "configs recipes parallel model archives sources augment data checkpoint resume "
-             "memory plan meter runtime evaluate weights report",
+    "train": "configs recipes parallel model archives sources augment data device_views checkpoint "
+             "resume memory plan meter runtime evaluate weights report",
     "figures": "", "report": "configs parallel model checkpoint runtime evaluate figures",
     "kernels": "configs parallel model", "peer": "configs parallel model",
-    "benchmark": "configs parallel model sources augment data checkpoint memory plan meter runtime "
-                 "train"}
+    "benchmark": "configs parallel model sources augment data device_views checkpoint memory plan "
+                 "meter runtime train"}
 
 
 def named_in(file):

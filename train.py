@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 import data
+import device_views
 import resume
 from archives import Index
 from augment import loss_sum, soft_targets
@@ -185,6 +186,7 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
                         partial(learning_rate, config=config, total_steps=total_steps))
             return
         check_start(config, vit, grid, start, train_set)
+        start.news.append(device_views.choose(config.decode, train_set, device)[1])
         run = Run(config, vit, grid, device, micro_batch=batch[0], accumulation=batch[2])
         if config.wandb:
             run.log.join_wandb(Path(config.output_dir), {**to_plain(vit), **to_plain(config)})

@@ -1,0 +1,314 @@
+"""Views of JPEG files made on the device, beside the training: decoded, resized, augmented.
+
+A worker reads a file, looks at its header and draws the view's numbers (`augment.View`); a thread
+of the trainer, on a stream of its own, makes the pixels of a whole batch:
+
+    in a worker     bytes of plain JPEGs, of others (PNG, CMYK, progressive, turned by EXIF, cut
+                    short, huge) the finished view; end to end in one buffer, with the numbers
+    in the thread   decode            torchvision's decode_jpeg: nvJPEG, on the JPEG engines
+                    crop and resize   y = Wv (x Wh): two matrix products an image, batched
+                    operations        of each kind together: AutoAugment's, RandAugment's, ...
+    in the trainer  uint8 [b, 3, H, W] on the device, as if a worker had made them
+
+The same numbers give the same view as `RandomView.apply` and `CentreView.apply`, but for rounding.
+
+Shapes: b images of a batch, n of a group that is made together, H x W pixels of a view, h x w of
+the largest window in a group: the source pixels that an image's view needs. What is refused here
+goes through Pillow, and what that cannot read gets label -100 and stays black, as in `data`.
+"""
+
+import contextlib
+import functools
+import io
+import math
+import queue
+import threading
+import warnings
+import weakref
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import default_collate
+
+from augment import View
+from pixels import augment, resize, window
+from sources import decode
+
+CPU = torch.device("cpu")
+IGNORE = -100         # data.IGNORE
+GROUP = 64            # images decoded and resized together at most, so that memory stays bounded,
+MOST_PIXELS = 1 << 26  # and pixels: of the decoded images, and of their windows as they are padded
+ORIENTATION = 0x0112  # EXIF's tag
+
+
+# ----------------------------------------------------------------------------- may it be used?
+def choose(wanted: str, source, device: torch.device) -> tuple[bool, str]:
+    """(whether --decode `wanted` means the device, the choice and why, for the log). Raises
+    ValueError where it was asked for and cannot be."""
+    why_not = engine(device) if hasattr(source, "read") else "these images have no files"
+    if wanted == "gpu" and why_not:
+        raise ValueError(f"--decode gpu is impossible: {why_not}; legal here: auto, cpu")
+    if wanted == "cpu":
+        return False, "decode cpu"
+    return not why_not, f"decode {wanted}: " + (
+        f"cpu ({why_not})" if why_not else "gpu, views are made there")
+
+
+@functools.cache
+def engine(device: torch.device) -> str | None:
+    """Why the device decodes no JPEG, or None: it was tried."""
+    if device.type != "cuda":
+        return "no CUDA device"
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "JPEG")
+    try:
+        _decode_jpegs([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], device)
+    except Exception as e:  # torchvision without nvJPEG, or without decode_jpeg
+        return f"torchvision decodes no JPEG there: {str(e).splitlines()[0]}"
+    return None
+
+
+def batch_bytes(source, batch: int, image_hw: tuple[int, int]) -> int:
+    """About what a batch of files takes in shared memory: by 64 of them, a quarter more, or by
+    finished views if those are larger."""
+    count = min(len(source), 64)
+    sizes = [0]
+    for i in range(count):
+        with contextlib.suppress(Exception):  # unreadable ones are told later
+            sizes.append(len(source.read(i * len(source) // count)))
+    return batch * max(3 * math.prod(image_hw), int(1.25 * sum(sizes) / max(count, 1)))
+
+
+# ----------------------------------------------------------------------------- in the workers
+class Jpeg(NamedTuple):
+    """A plain file, undecoded, and what the device needs to know of its view."""
+    file: bytes
+    source_hw: tuple[int, int]
+    view: View | None = None
+
+
+class Files:
+    """A source whose `load` gives plain(file, source_hw) of a plain JPEG, Jpeg or decode_here."""
+
+    def __init__(self, source, plain=Jpeg):
+        self.source, self.plain = source, plain
+
+    def __len__(self):
+        return len(self.source)
+
+    def load(self, index: int) -> tuple:
+        file = self.source.read(index)
+        source_hw = plain_jpeg(file)
+        image = self.plain(file, source_hw) if source_hw else decode(io.BytesIO(file))
+        return image, int(self.source.labels[index])
+
+
+def decode_here(file: bytes, source_hw) -> torch.Tensor | Image.Image:
+    """In 6 tenths of Pillow's time, where `same_pixels`."""
+    try:
+        return _decode_jpegs([torch.frombuffer(bytearray(file), dtype=torch.uint8)], CPU)[0]
+    except RuntimeError:  # Pillow may be more patient
+        return decode(io.BytesIO(file))
+
+
+@functools.cache
+def same_pixels() -> bool:
+    """Whether torchvision's decoder, on the CPU, gives the bytes of Pillow's: both have libjpeg."""
+    noise = np.random.default_rng(0).integers(0, 256, (61, 43, 3), dtype=np.uint8)
+    for mode, subsampling in (("RGB", 0), ("RGB", 1), ("RGB", 2), ("L", 0)):
+        file = io.BytesIO()
+        Image.fromarray(noise).convert(mode).save(file, "JPEG", subsampling=subsampling)
+        try:
+            ours = decode_here(file.getvalue(), None)
+        except Exception:  # torchvision has no decoder
+            return False
+        if not np.array_equal(ours.permute(1, 2, 0), decode(file)):
+            return False
+    return True
+
+
+class Numbers:
+    """A transform that draws the view of a `Jpeg` and leaves its pixels to the device."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, image):
+        if isinstance(image, Jpeg):
+            return image._replace(view=self.transform.draw(image.source_hw))
+        return self.transform(image)
+
+
+def plain_jpeg(file: bytes) -> tuple[int, int] | None:
+    """(height, width) of a whole, upright, sequential JPEG in grey or YCbCr; else None."""
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        if b"\xff\xd9" not in file[-64:]:  # the end of the image: it is cut short
+            return None
+        image = Image.open(io.BytesIO(file), formats=["JPEG"])  # reads the header alone
+        info, colours = image.info, [layer[0] for layer in image.layer]
+        turned = ("exif" in info or "xmp" in info) and image.getexif().get(ORIENTATION, 1) != 1
+        odd = ("progressive" in info or info.get("adobe_transform") == 0 or image.format != "JPEG"
+               or colours == list(b"RGB") or image.mode not in ("RGB", "L"))
+        if not turned and not odd and image.width * image.height <= MOST_PIXELS:
+            return image.height, image.width
+    return None
+
+
+class Packed(NamedTuple):
+    """A batch as it travels: uint8 [all bytes], and for each image their number, with a file's
+    view and (height, width); a finished view has neither."""
+    data: torch.Tensor
+    lengths: list[int]
+    views: list[View | None]
+    source_hw: list[tuple[int, int] | None]
+
+
+def pack(items: list[tuple]) -> tuple:
+    """What `data.Views` gives for each image -> (Packed, labels, indices, draws)."""
+    images, *rest = zip(*items)
+    parts = [np.frombuffer(image.file, np.uint8) if isinstance(image, Jpeg)
+             else image.reshape(-1).numpy() for image in images]
+    lengths = [len(part) for part in parts]
+    data = torch.empty(sum(lengths), dtype=torch.uint8)
+    np.concatenate(parts, out=data.numpy())
+    views, source_hw = zip(*((image.view, image.source_hw) if isinstance(image, Jpeg)
+                             else (None, None) for image in images))
+    labels, indices, draws = rest
+    return (Packed(data, lengths, list(views), list(source_hw)), torch.tensor(labels),
+            torch.tensor(indices), default_collate(list(draws)))
+
+
+# ----------------------------------------------------------------------------- decoding
+def decode_all(files: list[torch.Tensor], source_hw, device) -> list[torch.Tensor | None]:
+    """Files uint8 [bytes] on the host -> RGB uint8 [3, height, width] on the device, or None for an
+    unreadable one. What the device refuses, alone or with others, is tried alone, then by Pillow.
+    """
+    with contextlib.suppress(RuntimeError):
+        pictures = _decode_jpegs(files, device)
+        if [tuple(picture.shape[1:]) for picture in pictures] == source_hw:
+            return pictures
+    if len(files) > 1:
+        return [decode_all([file], [hw], device)[0] for file, hw in zip(files, source_hw)]
+    try:
+        pixels = np.array(decode(io.BytesIO(files[0].numpy().tobytes())))
+    except Exception:
+        return [None]
+    return [torch.from_numpy(pixels).permute(2, 0, 1).to(device)]
+
+
+def _decode_jpegs(files: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    from torchvision.io import ImageReadMode, decode_jpeg
+    warnings.filterwarnings("ignore", ".*TorchCodec", DeprecationWarning)
+    if device.type == "cuda":
+        # it writes, on its own stream, into memory that this one gave back but may still be reading
+        torch.cuda.current_stream().synchronize()
+    return decode_jpeg(files, ImageReadMode.RGB, device)
+
+
+# ----------------------------------------------------------------------------- whole batches
+class DeviceViews:
+    """A loader of `pack`ed batches as one of finished ones: (images uint8 [b, 3, H, W] on the
+    device, labels, indices and draws on the host). transform: the RandomView or CentreView."""
+
+    def __init__(self, loader, transform, device: torch.device):
+        self.loader, self.transform, self.device = loader, transform, device
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        return Ahead(iter(self.loader), self.make, self.device)
+
+    def make(self, packed: Packed, labels, indices, draws) -> tuple:
+        """One batch, on the current stream."""
+        (height, width), views = self.transform.image_hw, packed.views
+        files, labels = packed.data.split(packed.lengths), labels.clone()
+        images = torch.zeros(len(views), 3, height, width, dtype=torch.uint8, device=self.device)
+        finished = [i for i, view in enumerate(views) if view is None]
+        if finished:
+            pixels = torch.stack([files[i] for i in finished]).view(-1, 3, height, width)
+            images[finished] = pixels.to(self.device)
+        windows = {i: window(view, packed.source_hw[i], (height, width))
+                   for i, view in enumerate(views) if view is not None}
+        for group in groups(windows, packed.source_hw):
+            pictures = decode_all([files[i] for i in group], [packed.source_hw[i] for i in group],
+                                  self.device)
+            labels[[i for i, picture in zip(group, pictures) if picture is None]] = IGNORE
+            group = [i for i, picture in zip(group, pictures) if picture is not None]
+            pictures = [picture for picture in pictures if picture is not None]
+            if group:
+                images[group] = resize(pictures, [views[i] for i in group],
+                                       [windows[i] for i in group], (height, width))
+        readable = {i: views[i] for i in windows if labels[i] != IGNORE}
+        augment(images, readable, self.transform)
+        return images, labels, indices, draws
+
+
+def groups(windows: dict[int, tuple], source_hw) -> list[list[int]]:
+    """Images of similar windows together, as many as GROUP and MOST_PIXELS allow."""
+    found, pixels, wide = [], 0, 0
+    for i in sorted(windows, key=lambda i: (windows[i][2] - windows[i][0], i)):  # height grows
+        top, left, bottom, right = windows[i]
+        pixels, wide = pixels + math.prod(source_hw[i]), max(wide, right - left)
+        full = not found or len(found[-1]) == GROUP or MOST_PIXELS < max(
+            pixels, (bottom - top) * wide * (len(found[-1]) + 1))
+        if full:
+            found.append([])
+            pixels, wide = math.prod(source_hw[i]), right - left
+        found[-1].append(i)
+    return found
+
+
+class Ahead:
+    """An iterator that is one batch ahead, and makes another meanwhile: a thread calls make(*batch)
+    for each of `batches`, on a stream of its own. What fails there is raised here."""
+
+    def __init__(self, batches, make, device: torch.device):
+        self.batches = batches  # workers end with it, in the thread that started them
+        self.results, stop = queue.Queue(1), threading.Event()
+        thread = threading.Thread(target=_work, name="device views", daemon=True,
+                                  args=(batches, make, device, self.results, stop))
+        thread.start()
+        self.close = weakref.finalize(self, _end, thread, self.results, stop)  # also at exit
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.close.alive:
+            raise StopIteration
+        result = self.results.get()
+        if isinstance(result, BaseException):
+            self.close()
+            raise result
+        if result[0].is_cuda:  # else its memory could be given away before it was read
+            result[0].record_stream(torch.cuda.current_stream())
+        return result
+
+
+def _work(batches, make, device: torch.device, results: queue.Queue, stop) -> None:
+    try:
+        with contextlib.ExitStack() as stack:
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
+                stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+            while not stop.is_set():
+                batch = next(batches)
+                made = make(*batch)
+                if device.type == "cuda":
+                    torch.cuda.current_stream().synchronize()  # before the files' memory goes
+                results.put(made)
+                del batch, made
+    except BaseException as e:  # StopIteration too
+        if not stop.is_set():
+            results.put(e)
+
+
+def _end(thread: threading.Thread, results: queue.Queue, stop: threading.Event) -> None:
+    stop.set()
+    with contextlib.suppress(queue.Empty):
+        results.get_nowait()  # the thread may be waiting for room
+    thread.join(timeout=10)
