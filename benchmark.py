@@ -25,11 +25,12 @@ import data
 import device_views
 from augment import draws
 from checkpoint import check_writable
-from configs import BenchmarkConfig, parse
+from configs import BenchmarkConfig
 from memory import memory_plan
 from meter import mark, seconds_between
 from parallel import on_rank_0
 from plan import check_layout, largest_micro_batch, plan_batch
+from recipes import parse_run
 from runtime import (
     Run,
     build_model,
@@ -176,7 +177,7 @@ def covered(spans) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors("benchmark.py"):
-        config, vit, given = parse(BenchmarkConfig, argv)
+        config, vit, given = parse_run(BenchmarkConfig, argv)
         world, tp = int(os.environ.get("WORLD_SIZE", 1)), config.tensor_parallel_size
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         if "global_batch_size" not in given:  # one micro-batch on every replica

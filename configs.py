@@ -1,6 +1,6 @@
 """What can be set: the model table, and one dataclass of flags for each command.
 
-Four layers decide a value, the later one wins:
+Four layers decide a value, the later one wins (recipes.parse_run):
     1. the defaults of the dataclasses below (they are the `pretrain` recipe)
     2. `RECIPES[recipe]` of recipes.py and, for the model's shape, `MODELS[model]`
     3. what comes with the weights of --init-from (weights.adopt)
@@ -13,7 +13,7 @@ Vision Transformers" (arXiv:2106.04560), Ti and S of DeiT (arXiv:2012.12877).
 
 import dataclasses
 import hashlib
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from flags import (
@@ -27,13 +27,8 @@ from flags import (
     SHARE,
     Checked,
     also,
-    check_only,
     flag,
-    flag_name,
-    read_flags,
-    unknown,
 )
-from recipes import RECIPES, RECIPES_OF_MODELS, default_recipe
 
 Size = int | tuple[int, int]  # of a square's side, or (height, width), in pixels
 Colour = tuple[float, float, float]
@@ -442,49 +437,6 @@ class ConvertConfig(Untold):
         "timm", "library; hf: OUTPUT is FOLDER/model.safetensors; or a program: .onnx, .pt2")
     dtype: Literal["float32", "float16", "bfloat16"] = flag(
         "float32", "of the weights in the file", format=("timm", "hf", "torchvision"))
-
-
-# ----------------------------------------------------------------------------- the command line
-def parse(cls, argv: list[str] | None = None) -> tuple:
-    """Reads a command line (default: sys.argv) into (config, the fields given as flags), or for a
-    command with a Step into (config, the model's ViTConfig, the fields given).
-
-    Raises ValueError for values that are illegal, contradict each other or would have no effect;
-    exits with code 2 for unknown flags, with the nearest known one, and for types.
-    """
-    if not issubclass(cls, Step):
-        given = read_flags([cls], argv)
-        config = cls(**given)
-        check_only(config, given)
-        return config, given
-    given = read_flags([cls, ViTConfig], argv)
-    default = default_recipe(given) if issubclass(cls, TrainConfig) else "pretrain"
-    recipe = given.get("recipe", default)
-    if recipe not in RECIPES:
-        raise ValueError(unknown("--recipe", recipe, RECIPES))
-    model = {"model": cls.model, **RECIPES[recipe], **given}["model"].replace("/", "")
-    if model not in MODELS:
-        raise ValueError(unknown("--model", model, MODELS))
-    values = RECIPES[recipe] | RECIPES_OF_MODELS.get(recipe, {}).get(model, {})
-    for one, other in (("epochs", "max_steps"), ("warmup_steps", "warmup_epochs")):
-        if {one, other} <= set(given):
-            raise ValueError(f"--{one} and --{other} contradict each other; give one of them"
-                             .replace("_", "-"))
-        if one in given:  # and the recipe has the other, which would win
-            values.pop(other, None)
-    values |= {**given, "recipe": recipe, "model": model}
-    config, vit = (replace(old, **{f.name: values[f.name] for f in fields(old) if f.name in values})
-                   for old in (cls(), MODELS[model]))
-    if config.freeze == "backbone":
-        off = dict(hidden_dropout=0.0, attention_dropout=0.0, drop_path_rate=0.0,
-                   drop_patch_rate=0.0)
-        for name in off.keys() & given.keys():
-            raise ValueError(f"{flag_name(name)} has no effect with --freeze backbone; leave one "
-                             "of them out")
-        vit = replace(vit, **off)
-    check_only(config, given)
-    check_only(vit, given)
-    return config, vit, given
 
 
 # ----------------------------------------------------------------------------- small helpers

@@ -34,7 +34,8 @@ import device_views
 import sources
 from archives import Index
 from checkpoint import check_writable, write_atomically
-from configs import EvalConfig, parse
+from configs import EvalConfig
+from flags import parse
 from parallel import Grid, on_rank_0
 from plan import check_layout, largest_micro_batch
 from runtime import (

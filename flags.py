@@ -120,6 +120,18 @@ def read_flags(classes, argv: list[str] | None = None) -> dict:
     return vars(known)
 
 
+def parse(cls, argv: list[str] | None = None) -> tuple:
+    """Reads a command line (default: sys.argv) into (config, the fields given as flags).
+
+    Raises ValueError for values that are illegal, contradict each other or would have no effect;
+    exits with code 2 for unknown flags, with the nearest known one, and for types.
+    """
+    given = read_flags([cls], argv)
+    config = cls(**given)
+    check_only(config, given)
+    return config, given
+
+
 def add_flag(group, f, hint) -> None:
     """Adds a field to an argparse group, by its type hint; one without default is positional."""
     text, default = f.metadata["help"], f.default

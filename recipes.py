@@ -3,10 +3,14 @@
 A key is a field of the model or of the run. Accuracies are top-1 on ImageNet-1k as their authors
 publish them; none was trained here. Everywhere the lr is set by step, weight decay is on matrices
 alone (torchvision's on all weights), and crops and evaluation are bicubic; what else differs from
-a source is said above the recipe.
+a source is said above the recipe. parse_run puts defaults, recipe and flags together.
 """
 
 import os
+from dataclasses import fields, replace
+
+from configs import MODELS, TrainConfig, ViTConfig
+from flags import check_only, flag_name, read_flags, unknown
 
 PLAIN = dict(num_class_tokens=1, head="linear", hidden_dropout=0.0)  # the model as timm has it
 SMALL = PLAIN | dict(precision="bf16", global_batch_size=64, weight_decay=0.05, label_smoothing=0.1,
@@ -113,3 +117,36 @@ def default_recipe(given: dict) -> str:
     if not 0 < images < SMALL_FOLDER:
         return "pretrain"
     return "small-finetune" if given.get("init_from") else "small"
+
+
+def parse_run(cls, argv: list[str] | None = None) -> tuple:
+    """flags.parse for a command with a Step: (config, the model's ViTConfig, the fields given). The
+    recipe decides what no flag does."""
+    given = read_flags([cls, ViTConfig], argv)
+    default = default_recipe(given) if issubclass(cls, TrainConfig) else "pretrain"
+    recipe = given.get("recipe", default)
+    if recipe not in RECIPES:
+        raise ValueError(unknown("--recipe", recipe, RECIPES))
+    model = {"model": cls.model, **RECIPES[recipe], **given}["model"].replace("/", "")
+    if model not in MODELS:
+        raise ValueError(unknown("--model", model, MODELS))
+    values = RECIPES[recipe] | RECIPES_OF_MODELS.get(recipe, {}).get(model, {})
+    for one, other in (("epochs", "max_steps"), ("warmup_steps", "warmup_epochs")):
+        if {one, other} <= set(given):
+            raise ValueError(f"--{one} and --{other} contradict each other; give one of them"
+                             .replace("_", "-"))
+        if one in given:  # and the recipe has the other, which would win
+            values.pop(other, None)
+    values |= {**given, "recipe": recipe, "model": model}
+    config, vit = (replace(old, **{f.name: values[f.name] for f in fields(old) if f.name in values})
+                   for old in (cls(), MODELS[model]))
+    if config.freeze == "backbone":
+        off = dict(hidden_dropout=0.0, attention_dropout=0.0, drop_path_rate=0.0,
+                   drop_patch_rate=0.0)
+        for name in off.keys() & given.keys():
+            raise ValueError(f"{flag_name(name)} has no effect with --freeze backbone; leave one "
+                             "of them out")
+        vit = replace(vit, **off)
+    check_only(config, given)
+    check_only(vit, given)
+    return config, vit, given

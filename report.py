@@ -32,9 +32,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from checkpoint import newest_checkpoint, read_meta, write_atomically
-from configs import EvalConfig, ReportConfig, TrainConfig, ViTConfig, parse, to_plain
+from configs import EvalConfig, ReportConfig, TrainConfig, ViTConfig, to_plain
 from evaluate import Predictions, class_scores, confusions, open_model, predict, sample, tell
 from figures import chart, figure, img, mosaic, viridis
+from flags import parse
 from model import LastBlock
 from parallel import Grid
 from runtime import Run, run_program, user_errors

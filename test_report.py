@@ -15,8 +15,9 @@ import evaluate
 import figures
 import model
 import report
-from configs import ReportConfig, parse
+from configs import ReportConfig
 from evaluate import Predictions
+from flags import parse
 from model import Block, ViT
 from parallel import Grid
 from testing import TINY, batch_of, paint, random_weights, run_command, run_training

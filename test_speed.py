@@ -36,9 +36,10 @@ import parallel
 import peer
 import runtime
 import train
-from configs import MODELS, BenchmarkConfig, TrainConfig, parse
+from configs import MODELS, BenchmarkConfig, TrainConfig
 from model import ViT
 from parallel import Axis, Grid
+from recipes import parse_run
 from testing import (
     HERE,
     OTHER,
@@ -1049,7 +1050,7 @@ def _benchmark_beside_training():
     train_step."""
     argv = ["--model", "demo", "--recipe", "demo", "--augmentation", "nemo", "--mixup", "0.8",
             "--num-layers", "1", "--num-classes", "5", "--warmup-steps", "2", "--head", "linear"]
-    config, vit, _ = parse(BenchmarkConfig, argv)
+    config, vit, _ = parse_run(BenchmarkConfig, argv)
     config = replace(config, global_batch_size=8)
     run = runtime.Run(config, vit, Grid(), CPU, micro_batch=4, accumulation=2)
     torch.manual_seed(0)

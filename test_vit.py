@@ -54,12 +54,12 @@ from configs import (
     ConvertConfig,
     EvalConfig,
     ReportConfig,
+    Step,
     TrainConfig,
     ViTConfig,
-    parse,
     stable_seed,
 )
-from flags import check_only, flag_name
+from flags import check_only, flag_name, parse
 from memory import memory_plan
 from meter import Meter
 from model import ViT, recompute
@@ -70,7 +70,7 @@ from plan import (
     legal_tensor_parallel_sizes,
     plan_batch,
 )
-from recipes import RECIPES, RECIPES_OF_MODELS
+from recipes import RECIPES, RECIPES_OF_MODELS, parse_run
 from runtime import Run
 from testing import (
     HERE,
@@ -118,7 +118,7 @@ class Operations(TorchDispatchMode):
 # ----------------------------------------------------------------------------- the files
 # What each file may import of the others, from the first page of the book to the last.
 MAY_IMPORT = {
-    "flags": "", "recipes": "", "configs": "flags recipes", "parallel": "configs",
+    "flags": "", "configs": "flags", "recipes": "flags configs", "parallel": "configs",
     "archives": "", "sources": "configs archives", "model": "configs parallel",
     "augment": "configs", "pixels": "augment", "device_views": "sources augment pixels",
     "data": "configs augment device_views",
@@ -126,17 +126,17 @@ MAY_IMPORT = {
     "memory": "configs parallel model", "plan": "configs memory",
     "meter": "configs parallel data", "watch": "",
     "runtime": "configs parallel model augment data meter watch",
-    "evaluate": "configs parallel model archives sources augment data device_views checkpoint "
-                "plan meter runtime weights",
+    "evaluate": "flags configs parallel model archives sources augment data device_views "
+                "checkpoint plan meter runtime weights",
     "hub": "flags", "nemo_file": "", "formats": "flags configs nemo_file",
     "export": "configs model checkpoint",
-    "weights": "configs recipes parallel model checkpoint hub nemo_file formats export",
+    "weights": "flags configs recipes parallel model checkpoint hub nemo_file formats export",
     "train": "configs recipes parallel model archives sources augment data device_views checkpoint "
              "resume memory plan meter runtime evaluate weights report",
-    "figures": "", "report": "configs parallel model checkpoint runtime evaluate figures",
+    "figures": "", "report": "flags configs parallel model checkpoint runtime evaluate figures",
     "kernels": "configs parallel model", "peer": "configs parallel model",
-    "benchmark": "configs parallel model sources augment data device_views checkpoint memory plan "
-                 "meter runtime train"}
+    "benchmark": "configs recipes parallel model sources augment data device_views checkpoint "
+                 "memory plan meter runtime train"}
 
 
 def named_in(file):
@@ -233,9 +233,9 @@ COMMANDS = {"train.py": (train.main, TrainConfig, ViTConfig),
 @pytest.mark.parametrize("program", COMMANDS)
 def test_every_field_is_a_flag_of_its_command(program, capsys):
     """--help lists each field of the command's dataclasses, and exits with code 0."""
-    _, *classes = COMMANDS[program]
+    main, *classes = COMMANDS[program]
     with pytest.raises(SystemExit) as stop:
-        parse(classes[0], ["--help"])
+        main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and text.startswith(f"usage: {program} ")
     for field in (f for cls in classes for f in fields(cls)):
@@ -260,7 +260,7 @@ def test_an_unknown_flag_names_the_nearest(program):
 def test_a_flag_of_another_name_is_found(flag, meant, capsys):
     """Words that a flag ends with are nearer than letters: --batch-size, as others call it."""
     with pytest.raises(SystemExit) as stop:
-        parse(TrainConfig, [flag, "64"])
+        parse_run(TrainConfig, [flag, "64"])
     assert stop.value.code == 2 and f"did you mean {meant}?" in capsys.readouterr().err
 
 
@@ -272,44 +272,45 @@ def test_a_flag_of_another_name_is_found(flag, meant, capsys):
 def test_every_command_checks_its_flags(command, flags, message):
     """As train.py does (BAD_INPUT), also those that have no other check."""
     with pytest.raises(ValueError, match=message):
-        parse(command, flags.split())
+        (parse_run if issubclass(command, Step) else parse)(command, flags.split())
 
 
 def test_recipes_and_flags_override_in_order():
     """Defaults, then the recipe, then flags; L/16 is L16; fine-tuning's size follows the patch."""
-    config, vit, given = parse(TrainConfig, ["--model", "L/16", "--data", "d", "--lr", "0.1"])
+    config, vit, given = parse_run(TrainConfig, ["--model", "L/16", "--data", "d", "--lr", "0.1"])
     assert (config.recipe, config.model, config.lr, config.weight_decay) == (
         "pretrain", "L16", 0.1, 0.3)
     assert set(given) == {"model", "data", "lr"} and vit.hidden_dropout == 0.1
-    config, vit, _ = parse(TrainConfig, [])
+    config, vit, _ = parse_run(TrainConfig, [])
     assert (config.recipe, config.model) == ("demo", "demo")
     assert (vit.hidden_dropout, vit.hidden_size, config.precision) == (0.0, 96, "fp32")
     for model, size in (("H14", 518), ("B16", 512)):
         flags = ["--recipe", "finetune", "--model", model, "--data", "d"]
-        assert parse(TrainConfig, flags)[1].image_size == size
+        assert parse_run(TrainConfig, flags)[1].image_size == size
     flags += ["--lr", "0.5", "--head", "mlp", "--image-size", "32"]
-    config, vit, _ = parse(TrainConfig, flags)
+    config, vit, _ = parse_run(TrainConfig, flags)
     assert (config.lr, config.optimizer, vit.head, vit.image_size) == (0.5, "sgd", "mlp", 32)
-    assert parse(TrainConfig, ["--image-size", "64,32"])[1].image_hw == (64, 32)
-    assert parse(BenchmarkConfig, [])[0].recipe == "pretrain"
+    assert parse_run(TrainConfig, ["--image-size", "64,32"])[1].image_hw == (64, 32)
+    assert parse_run(BenchmarkConfig, [])[0].recipe == "pretrain"
     with pytest.raises(ValueError, match="--precision 'bf61' is unknown; .* Did you mean bf16"):
         TrainConfig(precision="bf61")
     known = {f.name for cls in (TrainConfig, ViTConfig) for f in fields(cls)}
     assert all(key in known for recipe in RECIPES.values() for key in recipe)
     assert RECIPES_OF_MODELS.keys() < RECIPES.keys() and set(recipes.FINE_TUNING) < RECIPES.keys()
     for recipe, model in itertools.product(RECIPES, MODELS):  # all of them are legal together
-        config, vit, _ = parse(TrainConfig, ["--recipe", recipe, "--model", model, "--data", "d"])
+        flags = ["--recipe", recipe, "--model", model, "--data", "d"]
+        config, vit, _ = parse_run(TrainConfig, flags)
         for key, value in RECIPES_OF_MODELS.get(recipe, {}).get(model, {}).items():
             assert getattr(config, key, getattr(vit, key, None)) == value, (recipe, model, key)
         if model not in RECIPES_OF_MODELS.get(recipe, ()):  # none without effect beside the others
             check_only(config, RECIPES[recipe])
-    parsed = [parse(TrainConfig, ["--recipe", "torchvision", "--data", "d", *flags])[0]
+    parsed = [parse_run(TrainConfig, ["--recipe", "torchvision", "--data", "d", *flags])[0]
               for flags in ([], ["--model", "L16"], ["--warmup-steps", "7"])]
     assert [(c.optimizer, c.lr, c.epochs, c.warmup_epochs, c.warmup_steps) for c in parsed] == [
         ("adamw", 3e-3, 300.0, 30.0, 10_000), ("sgd", 0.5, 600.0, 5.0, 10_000),
         ("adamw", 3e-3, 300.0, None, 7)]
     flags = ["--recipe", "finetune", "--data", "d", "--epochs", "3"]  # 20,000 steps would win
-    assert parse(TrainConfig, flags)[0].max_steps is None
+    assert parse_run(TrainConfig, flags)[0].max_steps is None
 
 
 def test_a_small_folder_gets_a_recipe_that_fits_it(tmp_path):
@@ -322,7 +323,7 @@ def test_a_small_folder_gets_a_recipe_that_fits_it(tmp_path):
     argv = ["--data", str(tmp_path / "data")]
     recipes = {}
     for folder, more in itertools.product(("data", "nowhere"), ([], ["--init-from", "w.pt"])):
-        config, vit, _ = parse(TrainConfig, ["--data", str(tmp_path / folder), *more])
+        config, vit, _ = parse_run(TrainConfig, ["--data", str(tmp_path / folder), *more])
         recipes[folder, len(more)] = config.recipe, config.model
     assert recipes == {("data", 0): ("small", "Ti16"), ("data", 2): ("small-finetune", "B16"),
                        ("nowhere", 0): ("pretrain", "B16"), ("nowhere", 2): ("pretrain", "B16")}
@@ -1573,7 +1574,7 @@ def test_losses_equal_a_plain_pytorch_loop(flags, tmp_path):
     SGD, clip_grad_norm_, LambdaLR's schedule by hand), whatever the flags: losses within 2e-5
     relative, fp32 (Adam lets rounding grow; 1.03e-5 seen)."""
     lines, _, _ = run_training(tmp_path, *flags)
-    config, vit, _ = parse(TrainConfig, [*TRAIN_FLAGS, *map(str, flags)])
+    config, vit, _ = parse_run(TrainConfig, [*TRAIN_FLAGS, *map(str, flags)])
     train_set, _ = sources.open_data("shapes", vit.image_hw)
     order = data.order(len(train_set), config.seed, 0)
 
@@ -1625,7 +1626,7 @@ def test_a_strong_recipe_is_torchvisions_in_every_layout_and_over_a_resume(tmp_p
     (of the third, 10): 12 steps equal the plain loop with torchvision's transforms, each view's
     generator being that of (seed, view, index), within 2e-5 relative as above. Every layout and
     accumulation, and a resume at another layout and with workers, within 1e-5 of one process."""
-    config, vit, _ = parse(TrainConfig, [*TRAIN_FLAGS, *map(str, STRONG)])
+    config, vit, _ = parse_run(TrainConfig, [*TRAIN_FLAGS, *map(str, STRONG)])
     train_set, _ = sources.open_data("shapes", vit.image_hw)
     order, bicubic = data.order(len(train_set), 0, 0), v2.InterpolationMode.BICUBIC
     view = v2.Compose([
@@ -1875,7 +1876,7 @@ def test_a_linear_probe_runs_at_any_layout_and_resumes_as_one(tmp_path):
     four = run_training(tmp_path / "4", *flags, "--tensor-parallel-size", 2, world=4)[0]
     assert losses(four) == pytest.approx(losses(one), rel=1e-5)
     tensors = weights_module.read_weights(tmp_path / "4").tensors
-    vit = parse(TrainConfig, [*TRAIN_FLAGS, *map(str, flags)])[1]
+    vit = parse_run(TrainConfig, [*TRAIN_FLAGS, *map(str, flags)])[1]
     fresh = dict(ViT(replace(vit, num_classes=16)).named_parameters())
     moved = {name for name in fresh if not torch.equal(fresh[name], tensors[name])}
     assert moved == {"pre_logits.fc.weight", "pre_logits.fc.bias", "head.weight", "head.bias"}

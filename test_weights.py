@@ -29,8 +29,9 @@ import nemo_file
 import sources
 import weights
 from checkpoint import save_checkpoint
-from configs import MODELS, ConvertConfig, EvalConfig, TrainConfig, ViTConfig, parse
+from configs import MODELS, ConvertConfig, EvalConfig, TrainConfig, ViTConfig
 from export import write_program
+from flags import parse
 from model import ViT
 from parallel import Axis, Grid, ShardedOptimizer, shard
 from testing import generator, make_folder, paint, run_command, run_training

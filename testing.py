@@ -24,9 +24,10 @@ from PIL import Image
 import parallel
 import sources
 import train
-from configs import TrainConfig, ViTConfig, parse, stable_seed
+from configs import TrainConfig, ViTConfig, stable_seed
 from model import ViT
 from parallel import Grid, ShardedOptimizer, make_grid
+from recipes import parse_run
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)
@@ -191,7 +192,7 @@ def run_training(output, *flags, world=1, check=True):
 
 def train_main(argv):
     """train.main; of the drawn validation images only 80, since evaluation has its own tests."""
-    config, vit, _ = parse(TrainConfig, argv)
+    config, vit, _ = parse_run(TrainConfig, argv)
     train_set, val_set = sources.open_data(config.data, vit.image_hw, config.val_labels)
     few = Few(val_set, 80) if config.data == "shapes" else val_set
     train.main(argv, (train_set, few))

@@ -30,13 +30,13 @@ import resume
 from archives import Index
 from augment import loss_sum, soft_targets
 from checkpoint import Saver, load_newest
-from configs import TrainConfig, ViTConfig, parse, stable_seed, to_plain
+from configs import TrainConfig, ViTConfig, stable_seed, to_plain
 from evaluate import score
 from memory import checkpoint_bytes
 from meter import Meter
 from parallel import Grid, on_rank_0
 from plan import dry_run, plan_batch, run_length
-from recipes import FINE_TUNING, RECIPES
+from recipes import FINE_TUNING, RECIPES, parse_run
 from runtime import (
     Run,
     build_model,
@@ -161,7 +161,7 @@ def finish(run: Run, meter: Meter, saver: Saver, step: int, result: dict | None)
 def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
     """sources: (training, validation) images in place of those of --data."""
     with user_errors("train.py"):  # what a user can get wrong is found here, before any step
-        config, vit, given = parse(TrainConfig, argv)
+        config, vit, given = parse_run(TrainConfig, argv)
         world = int(os.environ.get("WORLD_SIZE", 1))
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         plan_batch(config, vit, world, device_type)

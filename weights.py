@@ -40,7 +40,8 @@ from safetensors.torch import save_file
 import hub
 import nemo_file
 from checkpoint import CheckpointTensors, newest_checkpoint, read_meta, write_atomically
-from configs import MODELS, ConvertConfig, TrainConfig, ViTConfig, parse
+from configs import MODELS, ConvertConfig, TrainConfig, ViTConfig
+from flags import parse
 from formats import to_format, to_ours
 from model import ViT
 from parallel import shard
