@@ -56,6 +56,8 @@ class ViTConfig(Checked):
     hidden_dropout: float = flag(0.1, "dropout of embedding and residual branches", BELOW_ONE)
     attention_dropout: float = flag(0.0, "dropout of the attention probabilities", BELOW_ONE)
     drop_path_rate: float = flag(0.0, "stochastic depth, linear from 0 over the blocks", BELOW_ONE)
+    drop_path_uniform: bool = flag(False, "that rate in every block (as DeiT-III)",
+                                   drop_path_rate=ABOVE_ZERO)
     drop_path_mode: Literal["image", "batch"] = flag(
         "image", "image: each is dropped at the rate; batch: a fixed number, at rates in "
         "sixteenths, which are not computed", drop_path_rate=ABOVE_ZERO)
@@ -108,9 +110,10 @@ class ViTConfig(Checked):
 
     @property
     def drop_path_rates(self) -> list[float]:
-        """Of each block, linear from 0."""
-        return [self.drop_path_rate * i / max(self.num_layers - 1, 1)
-                for i in range(self.num_layers)]
+        """Of each block, linear from 0, or --drop-path-uniform."""
+        n = self.num_layers
+        return [self.drop_path_rate * (1 if self.drop_path_uniform else i / max(n - 1, 1))
+                for i in range(n)]
 
     @property
     def computed_shares(self) -> list[float]:

@@ -170,8 +170,8 @@ def check_same_model(directory: Path, vit: dict, config: dict, classes: list[str
     """A checkpoint continues only its own model (fields of ViTConfig), on its own classes and
     pixels: ValueError. Returns notes on what may differ."""
     meta = read_meta(directory)
-    free = ("hidden_dropout", "attention_dropout", "drop_path_rate", "drop_path_mode",
-            "drop_patch_rate")
+    free = ("hidden_dropout", "attention_dropout", "drop_path_rate", "drop_path_uniform",
+            "drop_path_mode", "drop_patch_rate")
     saved = to_plain(ViTConfig()) | meta["vit"]  # a field that came later: its default
     pairs = [(key, saved[key], value) for key, value in vit.items() if key not in free]
     pairs += [(key, meta["config"].get(key), config.get(key))

@@ -296,12 +296,14 @@ def test_every_draw_of_a_fused_model_has_a_seed_of_its_own():
         assert sums[0, 0] < 7 * 64 and sums.max() < 0.6 * shown * shown_too / 4096, (one, other)
 
 
-def test_drop_path_of_fused_blocks_takes_whole_images_at_each_blocks_rate():
-    """Rates 0, 1/4, 1/2 of three blocks: each half block is there or not for a whole image, scaled
-    by 1 / (1 - rate); the share that is there within 5 standard deviations, of 4,096 images. In
-    eval mode all is there and unscaled, also what dropout takes."""
-    model = known_model(drop_path_rate=0.5)
-    for (x, y, x_out, y_out), rate in zip(known_stream(model)[0], (0.0, 0.25, 0.5)):
+@pytest.mark.parametrize("uniform", [False, True])
+def test_drop_path_of_fused_blocks_takes_whole_images_at_each_blocks_rate(uniform):
+    """Rates 0, 1/4, 1/2 of three blocks, or 1/2 of all: each half block is there or not for a whole
+    image, scaled by 1 / (1 - rate); the share that is there within 5 standard deviations, of 4,096
+    images. In eval mode all is there and unscaled, also what dropout takes."""
+    model = known_model(drop_path_rate=0.5, drop_path_uniform=uniform)
+    rates = (0.5, 0.5, 0.5) if uniform else (0.0, 0.25, 0.5)
+    for (x, y, x_out, y_out), rate in zip(known_stream(model)[0], rates, strict=True):
         for half, value in [(x_out - x - y, ATTENTION), (y_out, MLP)]:
             image = half[:, 0, 0]
             assert torch.equal(half, image[:, None, None].expand_as(half))
@@ -687,7 +689,7 @@ EAGER = "aot_eager_decomp_partition"  # the compiler without its last half, whic
 
 def _compiled_beside_eager(grid, folder=None):
     """For compiled models (at tp 2 without folder one that has LayerScale and reads the patches'
-    mean), one for each kind of recomputation: the largest difference of gradients
+    mean), one for each kind of recomputation (at tp 2 fewer): the largest difference of gradients
     from those of the fused model that runs eagerly with collectives, the graphs, bytes that blocks
     keep for backward, apart from weights, and the plan's. Those with collectives, and those that
     recompute, are cut into forward and backward by the compiler but run eagerly, which saves a
@@ -700,7 +702,8 @@ def _compiled_beside_eager(grid, folder=None):
     reference = build(config, grid, weights)
     kernels.apply(reference, fused=True)
     expected = loss_gradients(reference, images, labels)
-    for mode in ("none", "full", "selective"):
+    modes = ("selective",) if tp > 1 and not folder else ("none", "full", "selective")
+    for mode in modes if tp == 1 else modes[::2]:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         gpus = FileGpus(folder) if folder else None
@@ -782,7 +785,7 @@ def test_compiled_blocks_keep_what_the_plan_says(compiled):
     """Within 3 %: the plan leaves out the statistics of norms and attention, a number a token or
     head. (If selective repeated a reduce-scatter, it would keep the product before it.)"""
     for modes in compiled:
-        for mode in ("none", "selective"):
+        for mode in modes.keys() - {"full"}:
             _, _, kept, planned, _ = modes[mode]
             assert kept == pytest.approx(planned, rel=0.03), mode
 

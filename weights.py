@@ -236,7 +236,7 @@ def whole_model(weights: Weights, source: str, **told) -> tuple[ViTConfig, dict]
                              f"number of heads: give --num-attention-heads")
         facts["num_attention_heads"] = MODELS[name].num_attention_heads
     facts |= dict(hidden_dropout=0.0, attention_dropout=0.0, drop_path_rate=0.0,
-                  drop_path_mode="image", drop_patch_rate=0.0)
+                  drop_path_uniform=False, drop_path_mode="image", drop_patch_rate=0.0)
     return ViTConfig(**{f.name: facts[f.name] for f in fields(ViTConfig) if f.name in facts}), facts
 
 
