@@ -160,7 +160,8 @@ class Run:
         self.log, self.stop, self.upload = Log(grid), StopSignal(grid), Upload(device)
         self.backward_end = None  # a mark: from there on a step waits for other ranks
         if grid.world.size > 1:
-            Watch(self.stop, config.collective_timeout or 600.0)
+            Watch(self.stop, config.collective_timeout,
+                  torch.cuda.current_stream(device) if device.type == "cuda" else None)
         self.normalize = normalize
         if uses_compile(config, device):
             self.normalize = torch.compile(normalize, fullgraph=True, dynamic=False)

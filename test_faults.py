@@ -22,14 +22,19 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from checkpoint import complete_checkpoints
+from configs import TrainConfig
 from parallel import ShardedOptimizer
-from runtime import run_program
+from runtime import run_program, start_processes
 from sources import Shapes
-from testing import TRAIN_FLAGS, start_ranks, train_main
+from testing import TRAIN_FLAGS, grid_of, run_ranks, start_ranks, train_main
+from watch import Watch
 
 STEPS, LIMIT = 8, 60  # steps of a run; seconds after which a process is said to hang
 FLAGS = [*TRAIN_FLAGS, "--max-steps", str(STEPS), "--save-interval", "1", "--keep-last", "2"]
@@ -304,6 +309,44 @@ def test_a_late_rank_is_named_and_a_stopped_one_ends_the_job(tmp_path):
     assert "rank 0: in step or batch 5 at parallel.py:" in report
     assert re.search(f"rank 1: NO ANSWER from {process}.*, which was in step or batch 5", report)
     assert "in train_step\n" in stack and "RuntimeError" in stack
+
+
+def _waits_for_its_device(busy):
+    """A rank whose main thread waits for a device that is `busy` for ever, or only computes."""
+    grid = grid_of(1)
+    Watch(SimpleNamespace(polls=7, grid=grid), 1.2, SimpleNamespace(query=lambda: not busy))
+    dist.barrier()
+    time.sleep(2.5)
+    dist.barrier()
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_step_that_the_device_does_not_finish_ends_the_job(busy):
+    """A copy between GPUs knows no timeout: where the main thread stands at one line for the whole
+    of it and the device has work, the rank prints its stack and ends; a long compilation does not.
+    """
+    _, codes, outputs = run_ranks(2, _waits_for_its_device, busy, check=False)
+    assert (codes != [0, 0]) == busy
+    ended = [text for text in outputs if "its GPU has not finished a step within" in text]
+    assert bool(ended) == busy and all("in _waits_for_its_device" in text for text in ended)
+
+
+def _waits_in_its_group():
+    """Of 2 x 2 ranks rank 1 does not come: to rank 0 in its tp group, to rank 3 in its dp group."""
+    grid, _ = start_processes(TrainConfig(tensor_parallel_size=2, collective_timeout=0.5))
+    rank, begin = grid.world.rank, time.monotonic()
+    if rank in (0, 3):
+        with pytest.raises(RuntimeError):
+            dist.all_reduce(torch.zeros(1), group=(grid.dp if rank else grid.tp).group)
+        return time.monotonic() - begin
+    time.sleep(2.5)
+    return 0.5
+
+
+def test_the_timeout_is_that_of_every_group():
+    """--collective-timeout 0.5 ends what waits in a tp or dp group, well before the peer leaves."""
+    waited = run_ranks(4, _waits_in_its_group)[0]
+    assert all(0.4 < seconds < 2 for seconds in waited)
 
 
 def main():

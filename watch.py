@@ -8,12 +8,14 @@ tenth of the timeout the first prints where all of them are, and again after eac
         rank 0, 1: in step or batch 49 at parallel.py:351 wait
         rank 2: NO ANSWER from process 16227 of node1, which was in step or batch 49 at model.py:88
 
-The thread ends nothing. A collective that waits for the whole timeout does: gloo raises in the
-ranks that wait, NCCL's watchdog aborts them, and both print their stacks. By the time of the abort
-nothing of Python runs any more, so the names are told before.
+A collective that waits for the whole timeout ends the job: gloo raises in the ranks that wait,
+NCCL's watchdog aborts them, and both print their stacks. By the time of the abort nothing of Python
+runs any more, so the names are told before. What has no watchdog, a copy between GPUs that waits
+for the other one, is ended here, a tenth of the timeout later.
 """
 
 import atexit
+import faulthandler
 import os
 import platform
 import sys
@@ -30,11 +32,12 @@ HERE = Path(__file__).parent
 
 class Watch(threading.Thread):
     """Starts to watch this rank. stop: the StopSignal, whose `polls` counts steps and batches;
-    timeout: seconds."""
+    timeout: seconds, None: 600, after which nothing is ended; stream: of the device's work."""
 
-    def __init__(self, stop, timeout: float):
+    def __init__(self, stop, timeout: float | None, stream=None):
         super().__init__(daemon=True)
-        self.stop, self.interval, self.end = stop, timeout / 60, threading.Event()
+        self.stop, self.interval, self.end = stop, (timeout or 600.0) / 60, threading.Event()
+        self.stream = stream if timeout else None
         self.before, self.me = [], f"process {os.getpid()} of {platform.node()}"
         self.prefix = f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         self.store = dist.TCPStore(  # a connection of its own: the group's may be waiting
@@ -54,6 +57,11 @@ class Watch(threading.Thread):
             if still and still % 6 == 0 and (not asked.done() or asked.exception()):
                 print(f"\nrank {self.stop.grid.world.rank} is {place}; no answer from the store, "
                       "which rank 0 or its torchrun keeps", file=sys.stderr, flush=True)
+            if still >= 66 and self.stream is not None and not self.stream.query():
+                print(f"\nrank {self.stop.grid.world.rank} ends: its GPU has not finished a step "
+                      "within --collective-timeout", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback()
+                os._exit(1)
 
     def place(self) -> str:
         """Where the main thread is: the innermost line of this program."""
