@@ -1,12 +1,12 @@
 """Views of JPEG files made on the device, beside the training: decoded, resized, augmented.
 
-A worker reads a file, looks at its header and draws the view's numbers (`augment.View`); a thread
-of the trainer, on a stream of its own, makes the pixels of a whole batch:
+A worker reads a file, looks at its header and draws the view's numbers (`augment.View`); threads
+of the trainer, on streams of their own, make the pixels of whole batches:
 
     in a worker     bytes of plain JPEGs, of others (PNG, CMYK, progressive, turned by EXIF, cut
                     short, huge) the finished view; end to end in one buffer, with the numbers
-    in the thread   decode            torchvision's decode_jpeg: nvJPEG, on the JPEG engines
-                    crop and resize   y = Wv (x Wh): two matrix products an image, batched
+    in the threads  decode            on the JPEG engines, by nvJPEG
+                    crop and resize   y = Wv (x Wh), as two kernels or two products of matrices
                     operations        of each kind together: AutoAugment's, RandAugment's, ...
     in the trainer  uint8 [b, 3, H, W] on the device, as if a worker had made them
 
@@ -23,8 +23,10 @@ import io
 import math
 import queue
 import threading
+import time
 import warnings
 import weakref
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +34,7 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
+import nvjpeg
 from augment import View
 from pixels import augment, resize, window
 from sources import decode
@@ -40,6 +43,7 @@ CPU = torch.device("cpu")
 IGNORE = -100         # data.IGNORE
 GROUP = 64            # images decoded and resized together at most, so that memory stays bounded,
 MOST_PIXELS = 1 << 26  # and pixels: of the decoded images, and of their windows as they are padded
+THREADS = 2           # that make batches, on a GPU
 ORIENTATION = 0x0112  # EXIF's tag
 
 
@@ -64,9 +68,9 @@ def engine(device: torch.device) -> str | None:
     file = io.BytesIO()
     Image.new("RGB", (64, 64)).save(file, "JPEG")
     try:
-        _decode_jpegs([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], device)
-    except Exception as e:  # torchvision without nvJPEG, or without decode_jpeg
-        return f"torchvision decodes no JPEG there: {str(e).splitlines()[0]}"
+        nvjpeg.decode([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], device)
+    except (RuntimeError, OSError, AttributeError, ImportError) as e:
+        return f"no JPEG engine: {str(e).splitlines()[0]}"
     return None
 
 
@@ -200,11 +204,14 @@ def decode_all(files: list[torch.Tensor], source_hw, device) -> list[torch.Tenso
 
 
 def _decode_jpegs(files: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    if device.type == "cuda":
+        # memory that this stream gave back it may still be reading, and torchvision's own writes
+        torch.cuda.current_stream().synchronize()
+        with contextlib.suppress(RuntimeError):
+            return nvjpeg.decode(files, device)
+        # what the engines refuse: torchvision has nvJPEG's other decoders
     from torchvision.io import ImageReadMode, decode_jpeg
     warnings.filterwarnings("ignore", ".*TorchCodec", DeprecationWarning)
-    if device.type == "cuda":
-        # it writes, on its own stream, into memory that this one gave back but may still be reading
-        torch.cuda.current_stream().synchronize()
     return decode_jpeg(files, ImageReadMode.RGB, device)
 
 
@@ -214,7 +221,11 @@ class DeviceViews:
     device, labels, indices and draws on the host). transform: the RandomView or CentreView."""
 
     def __init__(self, loader, transform, device: torch.device):
-        self.loader, self.transform, self.device = loader, transform, device
+        self.loader, self.transform, self.device, self.resize = loader, transform, device, resize
+        if device.type == "cuda":
+            with contextlib.suppress(ImportError):  # of Triton
+                import resample
+                self.resize = resample.resize
 
     def __len__(self):
         return len(self.loader)
@@ -240,8 +251,8 @@ class DeviceViews:
             group = [i for i, picture in zip(group, pictures) if picture is not None]
             pictures = [picture for picture in pictures if picture is not None]
             if group:
-                images[group] = resize(pictures, [views[i] for i in group],
-                                       [windows[i] for i in group], (height, width))
+                images[group] = self.resize(pictures, [views[i] for i in group],
+                                            [windows[i] for i in group], (height, width))
         readable = {i: views[i] for i in windows if labels[i] != IGNORE}
         augment(images, readable, self.transform)
         return images, labels, indices, draws
@@ -263,16 +274,20 @@ def groups(windows: dict[int, tuple], source_hw) -> list[list[int]]:
 
 
 class Ahead:
-    """An iterator that is one batch ahead, and makes another meanwhile: a thread calls make(*batch)
-    for each of `batches`, on a stream of its own. What fails there is raised here."""
+    """An iterator that is up to three batches ahead: THREADS threads call make(*batch), for a batch
+    each, on streams of their own; batches stay in order. What fails there is raised here.
+
+    Two, because kernels of the decoder wait among those of the training, and waits overlap."""
 
     def __init__(self, batches, make, device: torch.device):
         self.batches = batches  # workers end with it, in the thread that started them
-        self.results, stop = queue.Queue(1), threading.Event()
-        thread = threading.Thread(target=_work, name="device views", daemon=True,
-                                  args=(batches, make, device, self.results, stop))
-        thread.start()
-        self.close = weakref.finalize(self, _end, thread, self.results, stop)  # also at exit
+        self.results, stop, turn = queue.Queue(THREADS), threading.Event(), threading.Lock()
+        threads = [threading.Thread(target=_work, name="device views", daemon=True,
+                                    args=(batches, make, device, self.results, stop, turn))
+                   for _ in range(THREADS if device.type == "cuda" else 1)]
+        for thread in threads:
+            thread.start()
+        self.close = weakref.finalize(self, _end, threads, self.results, stop)  # also at exit
 
     def __iter__(self):
         return self
@@ -280,35 +295,41 @@ class Ahead:
     def __next__(self):
         if not self.close.alive:
             raise StopIteration
-        result = self.results.get()
-        if isinstance(result, BaseException):
+        try:
+            batch = self.results.get().result()
+        except BaseException:
             self.close()
-            raise result
-        if result[0].is_cuda:  # else its memory could be given away before it was read
-            result[0].record_stream(torch.cuda.current_stream())
-        return result
+            raise
+        if batch[0].is_cuda:  # else its memory could be given away before it was read
+            batch[0].record_stream(torch.cuda.current_stream())
+        return batch
 
 
-def _work(batches, make, device: torch.device, results: queue.Queue, stop) -> None:
-    try:
-        with contextlib.ExitStack() as stack:
-            if device.type == "cuda":
-                stack.enter_context(torch.cuda.device(device))
-                stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
-            while not stop.is_set():
-                batch = next(batches)
+def _work(batches, make, device: torch.device, results: queue.Queue, stop, turn) -> None:
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+            # small kernels, which else would each wait for large ones of the training
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device, priority=-1)))
+        while not stop.is_set():
+            result = Future()
+            try:
+                with turn:  # the order of results is that of the batches
+                    results.put(result)
+                    batch = next(batches)
                 made = make(*batch)
                 if device.type == "cuda":
                     torch.cuda.current_stream().synchronize()  # before the files' memory goes
-                results.put(made)
+                result.set_result(made)
                 del batch, made
-    except BaseException as e:  # StopIteration too
-        if not stop.is_set():
-            results.put(e)
+            except BaseException as e:  # StopIteration too
+                result.set_exception(e)
+                return
 
 
-def _end(thread: threading.Thread, results: queue.Queue, stop: threading.Event) -> None:
+def _end(threads: list[threading.Thread], results: queue.Queue, stop: threading.Event) -> None:
     stop.set()
-    with contextlib.suppress(queue.Empty):
-        results.get_nowait()  # the thread may be waiting for room
-    thread.join(timeout=10)
+    deadline = time.monotonic() + 10
+    while any(thread.is_alive() for thread in threads) and time.monotonic() < deadline:
+        with contextlib.suppress(queue.Empty):
+            results.get(timeout=0.01)  # a thread may be waiting for room

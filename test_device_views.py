@@ -10,9 +10,14 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +26,7 @@ from PIL import Image, ImageFilter
 
 import data
 import device_views
+import nvjpeg
 import sources
 import train
 from augment import View, train_transform
@@ -156,6 +162,32 @@ def test_resizing_is_the_cpu_paths(augmentation):
         error = (got - want).abs()
         assert error.max() <= 2 and (error > 1).float().mean() < 1e-4
         assert (error == 0).float().mean() > 0.99
+
+
+def test_the_resampling_kernel_is_the_plain_path():
+    """Triton's interpreter, on the CPU: pictures of any strides, flipped, cut, a pixel wide, views
+    from inside and beyond the crop; each value within 1, 999 of 1,000 equal (fp32 sums in another
+    order, and halves rounded up instead of to even)."""
+    pytest.importorskip("triton")
+    program = textwrap.dedent("""
+        import sys, torch
+        sys.path.insert(0, %r)
+        import pixels, resample
+        from augment import View
+        g = torch.Generator().manual_seed(0)
+        shapes = (30, 41), (1, 9), (9, 7)
+        pictures = [torch.randint(0, 256, (*hw, 3), generator=g, dtype=torch.uint8).permute(2, 0, 1)
+                    for hw in shapes]
+        pictures[0] = pictures[0].contiguous()
+        views = [View((3, 5, 29, 41), flip=True), View((0, 0, 1, 9)),
+                 View((1.3, 0.2, 7.1, 6.4), alone=False)]
+        windows = [pixels.window(*x, (11, 13)) for x in zip(views, shapes)]
+        a, b = (module.resize(pictures, views, windows, (11, 13)).int()
+                for module in (pixels, resample))
+        assert (a - b).abs().max() <= 1 and (a != b).float().mean() < 1e-3, (a - b).abs().max()
+        """) % str(Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120,
+                   env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
 
 
 OPERATIONS = {  # and magnitudes, of both signs where torchvision's may be negative
@@ -313,7 +345,7 @@ def test_what_fails_in_the_thread_is_raised_and_nothing_stays(folder, on_device,
         time.sleep(0.01)
     assert not any(worker.is_alive() for worker in workers)
     assert len(list(_start(folder, 3))) == 3
-    monkeypatch.setattr(device_views, "resize", lambda *_: 1 / 0)
+    monkeypatch.setattr(device_views, "augment", lambda *_: 1 / 0)
     stream = _start(folder)
     with pytest.raises(ZeroDivisionError):
         next(stream)
@@ -321,6 +353,52 @@ def test_what_fails_in_the_thread_is_raised_and_nothing_stays(folder, on_device,
         next(stream)
     del stream
     assert all(thread.name != "device views" for thread in threading.enumerate())
+
+
+def test_threads_share_idle_decoders_and_use_none_at_once(monkeypatch):
+    """A new one is made only while all others decode; one that refused a file is used again."""
+    made, inside = [], threading.Barrier(2, timeout=10)
+
+    class Decoder:
+        def __init__(self, device):
+            made.append(self)
+
+        def decode(self, files):
+            if not files:
+                raise RuntimeError("refused")
+            if files[0] == "both":
+                inside.wait()
+            return [self]
+    monkeypatch.setattr(nvjpeg, "Decoder", Decoder)
+    monkeypatch.setattr(nvjpeg, "IDLE", type(nvjpeg.IDLE)(nvjpeg.deque))
+    assert nvjpeg.decode(["a"], CPU) == nvjpeg.decode(["b"], CPU) == made and len(made) == 1
+    with pytest.raises(RuntimeError, match="refused"):
+        nvjpeg.decode([], CPU)
+    used = []
+    threads = [threading.Thread(target=lambda: used.extend(nvjpeg.decode(["both"], CPU)))
+               for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 2 and set(used) == set(made) == set(nvjpeg.IDLE[CPU])
+
+
+def test_batches_stay_in_order_whichever_thread_is_first(monkeypatch):
+    """Two threads, the first batch the slowest: made at once, given in turn, the error last."""
+    seen, at_once = [], []
+
+    def make(i):
+        seen.append(i)
+        time.sleep(0.1 if i % 2 == 0 else 0)
+        at_once.append(len(seen))
+        return torch.tensor(i), i
+    threads, real = [], threading.Thread
+    device = SimpleNamespace(type="cpu")
+    monkeypatch.setattr(threading, "Thread", lambda **k: threads.append(k) or real(**k))
+    stream = device_views.Ahead(iter([(i,) for i in range(6)]), make, device)
+    real(target=threads[0]["target"], args=threads[0]["args"], daemon=True).start()  # a second one
+    assert [i for _, i in stream] == list(range(6)) and at_once != list(range(1, 7))
 
 
 def test_decode_says_who_decodes_or_why_it_cannot(folder, monkeypatch):

@@ -121,7 +121,8 @@ class Operations(TorchDispatchMode):
 MAY_IMPORT = {
     "flags": "", "configs": "flags", "recipes": "flags configs", "parallel": "configs",
     "archives": "", "sources": "configs archives", "model": "configs parallel",
-    "augment": "configs", "pixels": "augment", "device_views": "sources augment pixels",
+    "augment": "configs", "pixels": "augment", "nvjpeg": "",
+    "resample": "", "device_views": "sources augment pixels nvjpeg resample",
     "data": "configs augment device_views",
     "checkpoint": "configs parallel", "resume": "configs checkpoint",
     "memory": "configs parallel model", "plan": "configs memory",
