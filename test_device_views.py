@@ -10,13 +10,9 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -162,32 +158,6 @@ def test_resizing_is_the_cpu_paths(augmentation):
         error = (got - want).abs()
         assert error.max() <= 2 and (error > 1).float().mean() < 1e-4
         assert (error == 0).float().mean() > 0.99
-
-
-def test_the_resampling_kernel_is_the_plain_path():
-    """Triton's interpreter, on the CPU: pictures of any strides, flipped, cut, a pixel wide, views
-    from inside and beyond the crop; each value within 1, 999 of 1,000 equal (fp32 sums in another
-    order, and halves rounded up instead of to even)."""
-    pytest.importorskip("triton")
-    program = textwrap.dedent("""
-        import sys, torch
-        sys.path.insert(0, %r)
-        import pixels, resample
-        from augment import View
-        g = torch.Generator().manual_seed(0)
-        shapes = (30, 41), (1, 9), (9, 7)
-        pictures = [torch.randint(0, 256, (*hw, 3), generator=g, dtype=torch.uint8).permute(2, 0, 1)
-                    for hw in shapes]
-        pictures[0] = pictures[0].contiguous()
-        views = [View((3, 5, 29, 41), flip=True), View((0, 0, 1, 9)),
-                 View((1.3, 0.2, 7.1, 6.4), alone=False)]
-        windows = [pixels.window(*x, (11, 13)) for x in zip(views, shapes)]
-        a, b = (module.resize(pictures, views, windows, (11, 13)).int()
-                for module in (pixels, resample))
-        assert (a - b).abs().max() <= 1 and (a != b).float().mean() < 1e-3, (a - b).abs().max()
-        """) % str(Path(__file__).parent)
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120,
-                   env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
 
 
 OPERATIONS = {  # and magnitudes, of both signs where torchvision's may be negative

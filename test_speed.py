@@ -451,10 +451,29 @@ def test_triton_kernels_equal_the_plain_computation():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     script = "; ".join(["import test_speed", *(f"test_speed.{check.__name__}()" for check in (
-        _check_short_attention, _check_cast_both, _check_triton_model))])
+        _check_short_attention, _check_cast_both, _check_resample, _check_triton_model))])
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True,
                           text=True, timeout=300, cwd=HERE)
     assert done.returncode == 0, done.stderr
+
+
+def _check_resample():
+    """resample.resize is pixels.resize: of pictures of any strides, flipped, cut, a pixel wide, of
+    views from inside and beyond the crop; each value within 1, 999 of 1,000 equal (fp32 sums in
+    another order, and halves rounded up instead of to even)."""
+    import pixels
+    import resample
+    from augment import View
+    shapes = (30, 41), (1, 9), (9, 7)
+    pictures = [torch.randint(0, 256, (*hw, 3), generator=generator("p"), dtype=torch.uint8)
+                .permute(2, 0, 1) for hw in shapes]
+    pictures[0] = pictures[0].contiguous()
+    views = [View((3, 5, 29, 41), flip=True), View((0, 0, 1, 9)),
+             View((1.3, 0.2, 7.1, 6.4), alone=False)]
+    windows = [pixels.window(view, hw, (11, 13)) for view, hw in zip(views, shapes)]
+    ours, plain = (module.resize(pictures, views, windows, (11, 13)).int()
+                   for module in (resample, pixels))
+    assert (ours - plain).abs().max() <= 1 and (ours != plain).float().mean() < 1e-3
 
 
 def _check_cast_both():
