@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from augment import eval_transform
 from checkpoint import newest_checkpoint, read_meta, write_atomically
 from configs import EvalConfig, ReportConfig, TrainConfig, ViTConfig, to_plain
 from evaluate import Predictions, class_scores, confusions, open_model, predict, sample, tell
@@ -225,7 +226,8 @@ def calibration(opened: list[Opened], tables: list[Predictions]) -> str:
 # ----------------------------------------------------------------------------- images
 def view(one: Opened, index: int) -> tuple[torch.Tensor, Image.Image]:
     """What the model sees of a validation image, uint8 [3, H, W]: both are the same pixels."""
-    pixels, *_ = one.loader.dataset[0, index]
+    image, _ = one.images.load(index)  # here: the loader's may come from the device
+    pixels = eval_transform(one.run.config, one.run.vit.image_hw)(image)
     return pixels, Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 

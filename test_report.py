@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+import data
+import device_views
 import evaluate
 import figures
 import model
 import report
-from configs import ReportConfig
+import sources
+from configs import ReportConfig, TrainConfig
 from evaluate import Predictions
 from flags import parse
 from model import Block, ViT
@@ -61,6 +64,23 @@ def test_mistakes_are_the_surest_first(monkeypatch):
     assert report.mistakes(None, TABLE) == [2, 1, 4]
     monkeypatch.setattr(report, "TILES", 2)
     assert report.mistakes(None, TABLE) == [2, 1]
+
+
+def test_images_are_shown_as_the_model_sees_them(tmp_path, monkeypatch):
+    """The loader's own pixels, also where a device makes them (here the CPU passes for one), which
+    rounds otherwise: by at most 1 of 255."""
+    monkeypatch.setattr(device_views, "engine", lambda device: None)
+    (tmp_path / "a").mkdir()
+    for i in range(2):
+        sources.Shapes((50, 40), "val").load(i)[0].save(tmp_path / f"a/{i}.jpg", quality=95)
+    images, vit = sources.scan_folder(tmp_path, ""), SimpleNamespace(image_hw=(16, 24))
+    for decode in ("cpu", "gpu"):
+        config = TrainConfig(num_workers=0, decode=decode)
+        loader = data.eval_loader(images, config, vit.image_hw, 2, 0, 1, "cpu")
+        one = SimpleNamespace(images=images, loader=loader, run=SimpleNamespace(config=config,
+                                                                                vit=vit))
+        for i, seen in enumerate(next(iter(loader))[0]):
+            assert (report.view(one, i)[0].int() - seen.int()).abs().max() <= (decode == "gpu")
 
 
 # ----------------------------------------------------------------------------- attention
