@@ -75,8 +75,8 @@ def walk(fd: int, path: str, start: int, end: int):
     Raises ValueError, which names `path`, for what is cut short, damaged, compressed or no tar."""
     at, told = start, {}
     while at < end:
-        head = os.pread(fd, 512, at)
-        if not any(head) and len(head) == 512:
+        head = os.pread(fd, 512, at).ljust(512)  # of a part the checksum is wrong
+        if not any(head):
             return
         try:
             size = _number(told.get(b"size", head[124:136]))
@@ -96,7 +96,10 @@ def walk(fd: int, path: str, start: int, end: int):
         if kind == b"L":
             told[b"path"] = os.pread(fd, size, body).rstrip(b"\0")
         elif kind == b"x":
-            told |= _pax(os.pread(fd, size, body))
+            try:
+                told |= _pax(os.pread(fd, size, body))
+            except ValueError as e:
+                raise ValueError(f"--data: {path} is damaged: no pax records at byte {body}") from e
         elif kind != b"K":  # the name of a long link
             name, told = _name(head, told), {}
             if kind not in b"g5":  # facts of all members, a folder
@@ -116,6 +119,8 @@ def _pax(records: bytes) -> dict[bytes, bytes]:
     told = {}
     while records[:1].isdigit():
         length = int(records.partition(b" ")[0])
+        if not length:
+            raise ValueError("a record of no bytes")
         key, _, value = records[:length - 1].partition(b" ")[2].partition(b"=")
         told[key] = b"%o" % int(value) if key == b"size" else value
         records = records[length:]

@@ -496,6 +496,10 @@ def test_a_tar_that_cannot_be_used_is_an_error_that_names_it(tmp_path):
     fails("is cut short: it has no end mark", b"")
     fails("is no tar", b"text" * 400)
     fails("is damaged: no header at byte 1536", whole[:1540] + b"X" + whole[1541:])
+    fails("is damaged: no header at byte 1536", whole[:1600])
+    long = pack(train, [("a/" + "n" * 200, image)], tarfile.PAX_FORMAT).read_bytes()
+    for length in (b"0 ", b"2x"):
+        fails("is damaged: no pax records at byte 512", long[:512] + length + long[514:])
     for compressed in (gzip.compress(whole), lzma.compress(whole), bz2.compress(whole)):
         fails("is compressed, and so cannot be read in place", compressed)
     fails("not a single image", pack(train, [("a/1.txt", b"text")]).read_bytes())
@@ -586,6 +590,13 @@ def test_an_index_is_kept_and_fits_its_tars(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="--index .* has no effect: --data .* holds no tars"):
         sources.open_data(folder, HW, index=archives.Index(given, given=True))
+    for split, other in (("train", "val"), ("val", "train")):  # one of the two in tars is enough
+        shutil.copytree(folder / split, tmp_path / split / split)
+        classes_as_tars(folder / other, tmp_path / split / other)
+        mixed = sources.open_data(tmp_path / split, HW, index=archives.Index(
+            tmp_path / split / "i.npz", given=True))
+        assert [len(source) for source in mixed] == [
+            len(source) for source in sources.open_data(folder, HW)]
 
 
 # ----------------------------------------------------------------------------- without val
