@@ -34,7 +34,8 @@ import numpy as np
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ENDINGS = frozenset(os.fsencode(ending[1:]) for ending in EXTENSIONS)
 ARRAYS = "names", "offsets", "labels", "tars", "starts", "sizes", "classes", "files", "stamps"
-WORDS = {"train": "train", "val": "val|validation", "": ""}
+WORDS = {split: re.compile(rf"(?<![a-z])(?:{words})(?![a-z])", re.IGNORECASE)
+         for split, words in (("train", "train"), ("val", "val|validation"))}
 TAR = re.compile(r"\.(tar|tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
 PACKED = b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"  # gzip, bzip2, xz, zstandard
 MOST_CLASSES = 1 << 20
@@ -44,7 +45,8 @@ THREADS = 8  # each waits for the disk between two headers
 def find(data, split: str) -> tuple[str, list[str]]:
     """(folder, tars in it) of a split of --data: those of DATA/SPLIT, or those in DATA whose names
     have the word train, or val or validation. Split '': the tar DATA itself, or all in DATA. None
-    where folders or images lie beside them: what is unpacked comes first."""
+    where folders or images lie beside them: what is unpacked comes first. Raises ValueError for a
+    name with both words."""
     data = os.fspath(data)
     if os.path.isfile(data):
         folder, name = os.path.split(data)
@@ -58,9 +60,13 @@ def find(data, split: str) -> tuple[str, list[str]]:
     if (inside or not split) and any(e.is_dir() or e.name.lower().endswith(EXTENSIONS)
                                      for e in entries):
         return data, []
-    word = re.compile(rf"(?<![a-z])(?:{'' if inside else WORDS[split]})(?![a-z])", re.IGNORECASE)
-    return data, sorted(os.path.relpath(e.path, data) for e in entries
-                        if TAR.search(e.name) and (inside or not split or word.search(e.name)))
+    tars = [e for e in entries if TAR.search(e.name)]
+    if split and not inside:
+        both = [e.path for e in tars if all(word.search(e.name) for word in WORDS.values())]
+        if both:
+            raise ValueError(f"--data: {min(both)} has train and val in its name: rename it")
+        tars = [e for e in tars if WORDS[split].search(e.name)]
+    return data, sorted(os.path.relpath(e.path, data) for e in tars)
 
 
 def stem(path: str) -> str:

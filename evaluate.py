@@ -287,7 +287,8 @@ def open_model(config: EvalConfig, given: dict, grid: Grid, device: torch.device
                   f"{'; '.join(report)}")
     if getattr(images, "share", None):
         run.log.print(f"{config.data} has no val: {len(images):,} of its images, --val-share "
-                      f"{images.share}, as held out in training; all: --val-share 1")
+                      f"{images.share} (of its own, training held out "
+                      f"{source.facts.get('val_share') or 'none'}); all: --val-share 1")
     run.log.print(f"images {' x '.join(map(str, vit.image_hw))} px, crop ratio {config.crop_ratio},"
                   f" mean {config.mean}, std {config.std}")
     run.log.print(f"batch {micro} x dp {grid.dp.size}; tp {tp}, {grid.world.size} x "

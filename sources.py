@@ -438,7 +438,7 @@ def _whole(data, index: archives.Index | None) -> ImageFolder:
     names = source.classes if not split else os.listdir(data) if os.path.isdir(data) else ()
     like = ("valid", "validation") + (() if split else ("train", "training", "val", "test",
                                                         "testing"))
-    odd = [name for name in names if name.lower() in like]
+    odd = [name for name in names if archives.stem(name).lower() in like]
     if odd:
         raise ValueError(f"--data: {', '.join(sorted(odd))} in {data} would not be used as a split:"
                          f" name them train and val (a tar each: train.tar, val.tar)")

@@ -67,8 +67,7 @@ def test_mistakes_are_the_surest_first(monkeypatch):
 
 
 def test_images_are_shown_as_the_model_sees_them(tmp_path, monkeypatch):
-    """The loader's own pixels, also where a device makes them (here the CPU passes for one), which
-    rounds otherwise: by at most 1 of 255."""
+    """The loader's own pixels, also those of a device, which rounds otherwise: by 1 of 255."""
     monkeypatch.setattr(device_views, "engine", lambda device: None)
     (tmp_path / "a").mkdir()
     for i in range(2):
@@ -77,8 +76,8 @@ def test_images_are_shown_as_the_model_sees_them(tmp_path, monkeypatch):
     for decode in ("cpu", "gpu"):
         config = TrainConfig(num_workers=0, decode=decode)
         loader = data.eval_loader(images, config, vit.image_hw, 2, 0, 1, "cpu")
-        one = SimpleNamespace(images=images, loader=loader, run=SimpleNamespace(config=config,
-                                                                                vit=vit))
+        run = SimpleNamespace(config=config, vit=vit)
+        one = SimpleNamespace(images=images, loader=loader, run=run)
         for i, seen in enumerate(next(iter(loader))[0]):
             assert (report.view(one, i)[0].int() - seen.int()).abs().max() <= (decode == "gpu")
 
