@@ -135,7 +135,8 @@ MAY_IMPORT = {
     "weights": "flags configs recipes parallel model checkpoint hub nemo_file formats export",
     "train": "configs recipes parallel model archives sources augment data device_views checkpoint "
              "resume memory plan meter runtime evaluate weights report",
-    "figures": "", "report": "flags configs parallel model augment checkpoint runtime evaluate figures",
+    "figures": "",
+    "report": "flags configs parallel model augment checkpoint runtime evaluate figures",
     "kernels": "configs parallel model", "peer": "configs parallel model",
     "benchmark": "configs recipes parallel model sources augment data device_views checkpoint "
                  "memory plan meter runtime train"}
