@@ -21,7 +21,7 @@ A batch is images uint8 [b, 3, H, W], labels int64 [b], indices int64 [b] and dr
 
 draws is a dict of rows float32 [b, ...], empty but in training: what the worker draws with the
 view's generator and leaves to the device, colour jitter and mixing (`augment.draws`). With
---decode gpu the worker leaves all pixels of a JPEG to it (`device_views`), and images are there.
+--decode gpu the device makes the pixels of JPEGs as well (`device_views`), and images are there.
 """
 
 import contextlib
@@ -176,7 +176,7 @@ def _loader(views: Views, sampler, config, batch: int, world: int, device):
     be.
     """
     device, source, workers = torch.device(device), views.source, config.num_workers
-    on_device, _ = device_views.choose(config.decode, source, device)
+    on_device, _ = device_views.choose(config, source, device)
     batch_bytes = 3 * batch * views.image_hw[0] * views.image_hw[1]
     if on_device:
         transform, batch_bytes = views.transform, device_views.batch_bytes(

@@ -223,6 +223,17 @@ def test_workers_and_groups_do_not_change_batches(folder, on_device, monkeypatch
         monkeypatch.setattr(device_views, "GROUP", 1)
 
 
+def test_without_workers_views_are_not_drawn_beside_the_trainer(folder, on_device):
+    """Whose generator they are drawn from: it seeds that for each step, and views stay the same."""
+    want = batches(folder, "gpu")[:3]
+    loader = data.train_loader(sources.scan_folder(folder, "train"), replace(CONFIG, decode="gpu"),
+                               HW, 12, 0, 1, 0, 3, CPU)
+    for batch, expected in zip(loader, want, strict=True):
+        for i in range(1000):
+            torch.manual_seed(i)
+        assert torch.equal(batch[0], expected[0])
+
+
 def test_groups_bound_what_is_decoded_at_once():
     """Each image is in one group; GROUP images and MOST_PIXELS, decoded or in padded windows, are
     the most, unless one image has more."""
@@ -304,8 +315,8 @@ def test_a_worker_that_was_killed_ends_the_run(folder):
 
 
 def test_what_fails_in_the_thread_is_raised_and_nothing_stays(folder, on_device, monkeypatch):
-    """An error while views are made reaches the trainer; a loader that is dropped half-way ends its
-    thread and its workers, and so does one at its end."""
+    """An error while views are made, or as the thread begins, reaches the trainer; a loader that is
+    dropped half-way ends its thread and its workers, and so does one at its end."""
     stream = _start(folder)
     next(stream)
     workers = stream.batches._workers
@@ -320,6 +331,9 @@ def test_what_fails_in_the_thread_is_raised_and_nothing_stays(folder, on_device,
     with pytest.raises(ZeroDivisionError):
         next(stream)
     with pytest.raises(StopIteration):
+        next(stream)
+    stream = device_views.Ahead(iter([(1,)]), None, SimpleNamespace(type="cuda"))
+    with pytest.raises(Exception, match="device|CUDA|cuda"):  # no such device
         next(stream)
     del stream
     assert all(thread.name != "device views" for thread in threading.enumerate())
@@ -373,17 +387,23 @@ def test_batches_stay_in_order_whichever_thread_is_first(monkeypatch):
 
 def test_decode_says_who_decodes_or_why_it_cannot(folder, monkeypatch):
     """gpu where there is none, or for drawn images, is an error before the first step; auto then
-    means the workers, and says why; cpu is not tried."""
+    means the workers, and says why, as it does where cores are enough; cpu is not tried."""
+    def choose(decode, source):
+        return device_views.choose(replace(CONFIG, decode=decode), source, CPU)
     source, shapes = sources.scan_folder(folder, "train"), sources.Shapes(HW, "train")
     with pytest.raises(ValueError, match="--decode gpu is impossible: no CUDA device; legal here"):
-        device_views.choose("gpu", source, CPU)
-    assert device_views.choose("auto", source, CPU) == (False, "decode auto: cpu (no CUDA device)")
+        choose("gpu", source)
+    assert choose("auto", source) == (False, "decode auto: cpu (no CUDA device)")
+    assert choose("cpu", source) == (False, "decode cpu")
     monkeypatch.setattr(device_views, "engine", lambda device: None)
-    assert all(device_views.choose(decode, source, CPU)[0] for decode in ("auto", "gpu"))
-    assert device_views.choose("cpu", source, CPU) == (False, "decode cpu")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(11))
+    assert all(choose(decode, source)[0] for decode in ("auto", "gpu"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(12))
+    assert choose("gpu", source)[0] and not choose("auto", source)[0]
+    assert "cpu (12 cores for each GPU" in choose("auto", source)[1]
     with pytest.raises(ValueError, match="these images have no files"):
-        device_views.choose("gpu", shapes, CPU)
-    assert not device_views.choose("auto", Few(shapes, 3), CPU)[0]
+        choose("gpu", shapes)
+    assert not choose("auto", Few(shapes, 3))[0]
     output = run_command(train.main, "--decode", "gpu", "--output-dir", folder / "no", code=2)
     assert "--decode gpu is impossible" in output and "step" not in output
 
