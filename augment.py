@@ -2,8 +2,8 @@
 
 A view is uint8 [3, H, W], of image_hw = (H, W) pixels. Workers draw its numbers and make it on the
 CPU, if not device_views does, all but colour jitter and mixing: a worker only draws those, `draws`,
-and `normalize` applies them to whole batches on the device. Every draw is from torch's default generator, which `data.Views` seeds for each view,
-and restores.
+and `normalize` applies them to whole batches on the device. Every draw is from torch's default
+generator, which `data.Views` seeds for each view, and restores.
 
     in a worker     crop, flip, AutoAugment or RandAugment or one of 3-Augment, erasing -> uint8
     on the device   / 255, colour jitter, (x - mean) / std, mixing of images 2k and 2k + 1
