@@ -1,4 +1,4 @@
-"""A run that cannot be lost: checkpoint.Saver and resume.py. `python -m pytest test_resume.py`.
+"""A run that cannot be lost: saver.py and resume.py. `python -m pytest test_resume.py`.
 
 As in test_vit.py a test's name is the claim and its docstring the specification. Whole runs are
 train.main's with testing.TRAIN_FLAGS, several of them one after the other in one process.
@@ -20,14 +20,26 @@ import torch
 import checkpoint
 import data
 import resume
+import saver as saving
 import sources
 import train
-from checkpoint import Saver, complete_checkpoints, load_checkpoint, read_meta, save_checkpoint
+from checkpoint import complete_checkpoints, load_checkpoint, read_meta
 from configs import TrainConfig, to_plain
 from model import ViT
 from parallel import Grid, ShardedOptimizer
 from plan import run_length
-from testing import TINY, TRAIN_FLAGS, Few, full_weights, grid_of, losses, optimizer_of, run_ranks
+from saver import Saver
+from testing import (
+    TINY,
+    TRAIN_FLAGS,
+    Few,
+    full_weights,
+    grid_of,
+    losses,
+    optimizer_of,
+    run_ranks,
+    save_checkpoint,
+)
 from train import learning_rate
 
 
@@ -44,7 +56,7 @@ def optimizer():
 def _save_beside(folder):
     """What two ranks see whose writing waits for `release`, that of the second one longer."""
     grid, root, said, release = grid_of(1), Path(folder), [], threading.Event()
-    original, last = checkpoint.write_synced, grid.world.rank == grid.world.size - 1
+    original, last = saving.write_synced, grid.world.rank == grid.world.size - 1
 
     def slow(path, write):
         if fail and last:
@@ -52,7 +64,7 @@ def _save_beside(folder):
         release.wait()
         time.sleep(0.3 * last)
         original(path, write)
-    checkpoint.write_synced, fail = slow, False
+    saving.write_synced, fail = slow, False
     optimizer = optimizer_of(ViT(TINY, grid), grid)
     stop = train.Run(TrainConfig(precision="fp32"), TINY, grid, torch.device("cpu"),
                      micro_batch=2).stop
@@ -142,8 +154,8 @@ def test_without_the_memory_a_save_is_made_at_once(optimizer, tmp_path, monkeypa
     assert complete_checkpoints(tmp_path) == [short.newest] == [tmp_path / "step_00000001"]
     assert short.note.startswith("saving stops the training: beside it, it would take")
     assert enough.note.startswith("saving beside the training")
-    release, write, before = threading.Event(), checkpoint.write_synced, full_weights(optimizer)
-    monkeypatch.setattr(checkpoint, "write_synced", lambda *args: release.wait() and write(*args))
+    release, write, before = threading.Event(), saving.write_synced, full_weights(optimizer)
+    monkeypatch.setattr(saving, "write_synced", lambda *args: release.wait() and write(*args))
     enough.begin(2, {})
     assert enough.newest is None
     for bucket in optimizer.buckets:

@@ -94,6 +94,7 @@ from testing import (
     run_command,
     run_ranks,
     run_training,
+    save_checkpoint,
     train_main,
 )
 
@@ -124,7 +125,8 @@ MAY_IMPORT = {
     "augment": "configs", "pixels": "augment", "nvjpeg": "",
     "resample": "", "device_views": "sources augment pixels nvjpeg resample",
     "data": "configs augment device_views",
-    "checkpoint": "configs parallel", "resume": "configs checkpoint",
+    "checkpoint": "configs parallel", "saver": "parallel checkpoint",
+    "resume": "configs checkpoint",
     "memory": "configs parallel model", "plan": "configs memory",
     "meter": "configs parallel data", "watch": "",
     "runtime": "configs parallel model augment data meter watch",
@@ -134,7 +136,7 @@ MAY_IMPORT = {
     "export": "configs model checkpoint",
     "weights": "flags configs recipes parallel model checkpoint hub nemo_file formats export",
     "train": "configs recipes parallel model archives sources augment data device_views checkpoint "
-             "resume memory plan meter runtime evaluate weights report",
+             "saver resume memory plan meter runtime evaluate weights report",
     "figures": "",
     "report": "flags configs parallel model augment checkpoint runtime evaluate figures",
     "kernels": "configs parallel model", "peer": "configs parallel model",
@@ -1012,7 +1014,7 @@ def _layer_decay_and_average(tp, folder, dtype):
     optimizer = optimizer_of(model, grid, **options)
     for step in range(16):
         if step == 10:
-            checkpoint.save_checkpoint(Path(folder), 10, optimizer, {})
+            save_checkpoint(Path(folder), 10, optimizer, {})
             model = ViT(TINY, grid, seed=9)
             optimizer = optimizer_of(model, grid, **options)
             checkpoint.load_checkpoint(Path(folder) / "step_00000010", optimizer)
@@ -1384,7 +1386,7 @@ def _save(tp, folder):
                                reduction="sum") / 16
         optimizer.backward(loss * float("inf") if step == 1 else loss)
         optimizer.step(1e-2)
-    checkpoint.save_checkpoint(Path(folder), 3, optimizer, dict(note="x"))
+    save_checkpoint(Path(folder), 3, optimizer, dict(note="x"))
     return list(optimizer.full_tensors())
 
 
@@ -1432,12 +1434,12 @@ def _save_on_a_full_disk(folder):
     grid = grid_of(1)
     optimizer = optimizer_of(ViT(TINY, grid), grid)
     for _ in range(2):
-        checkpoint.save_checkpoint(Path(folder), 1, optimizer, {})
+        save_checkpoint(Path(folder), 1, optimizer, {})
     if grid.world.rank == grid.world.size - 1:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
     with pytest.raises(OSError, match="step 2 failed, earlier ones are untouched: rank"):
-        checkpoint.save_checkpoint(Path(folder), 2, optimizer, {})
+        save_checkpoint(Path(folder), 2, optimizer, {})
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -1456,7 +1458,7 @@ def damaged(tmp_path):
     optimizer = optimizer_of(ViT(TINY), Grid())
     root = tmp_path / "checkpoints"
     for step in (1, 2, 3, 4):
-        checkpoint.save_checkpoint(root, step, optimizer, {})
+        save_checkpoint(root, step, optimizer, {})
     one, two, three, four = sorted(root.glob("step_*"))
     os.truncate(four / "rank_00000.pt", 100)
     (three / "rank_00000.pt").unlink()
@@ -1473,7 +1475,7 @@ def test_incomplete_checkpoints_are_never_chosen(damaged):
     with pytest.raises(ValueError, match="not a complete checkpoint"):
         checkpoint.load_checkpoint(four, optimizer)
     for step in (5, 6):
-        checkpoint.save_checkpoint(one.parent, step, optimizer, {}, keep_last=2)
+        save_checkpoint(one.parent, step, optimizer, {}, keep_last=2)
     assert [p.name for p in checkpoint.complete_checkpoints(one.parent)] == [
         "step_00000005", "step_00000006"]
     assert four.exists() and not one.exists()
@@ -1489,7 +1491,7 @@ def test_a_run_resumes_from_the_newest_complete_checkpoint(damaged, tmp_path):
             (four, "has 100 bytes"), (three, "rank_00000.pt is missing"),
             (two, "meta.json cannot be read: No such file")]):
         assert line.startswith(f"skipping an incomplete checkpoint: {directory}") and words in line
-    five = checkpoint.save_checkpoint(one.parent, 5, optimizer, {})
+    five = save_checkpoint(one.parent, 5, optimizer, {})
     assert resume.find_resume(str(tmp_path), "auto")[0] == [five, one]
     assert resume.find_resume("elsewhere", str(tmp_path)) == ([five], [])
     assert resume.find_resume("elsewhere", str(one)) == ([one], [])

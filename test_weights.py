@@ -28,13 +28,12 @@ import formats
 import nemo_file
 import sources
 import weights
-from checkpoint import save_checkpoint
 from configs import MODELS, ConvertConfig, EvalConfig, TrainConfig, ViTConfig
 from export import write_program
 from flags import parse
 from model import ViT
 from parallel import Axis, Grid, ShardedOptimizer, shard
-from testing import generator, make_folder, paint, run_command, run_training
+from testing import generator, make_folder, paint, run_command, run_training, save_checkpoint
 
 HERE = Path(__file__).parent
 SMALL = ViTConfig(hidden_size=32, ffn_hidden_size=80, num_layers=2, num_attention_heads=4,

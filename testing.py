@@ -28,6 +28,7 @@ from configs import TrainConfig, ViTConfig, stable_seed
 from model import ViT
 from parallel import Grid, ShardedOptimizer, make_grid
 from recipes import parse_run
+from saver import Saver
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)
@@ -171,6 +172,14 @@ def optimizer_of(model, grid, **options):
 
 def full_weights(optimizer):
     return {name: t for name, kind, t in optimizer.full_tensors() if kind == "weight"}
+
+
+def save_checkpoint(root, step, optimizer, meta, keep_last=0):
+    """Writes root/step_NNNNNNNN as a run does, and waits for it; returns its path."""
+    saver = Saver(root, optimizer, keep_last=keep_last)
+    saver.begin(step, meta)
+    saver.wait()
+    return saver.newest
 
 
 # ----------------------------------------------------------------------------- commands

@@ -29,7 +29,7 @@ import device_views
 import resume
 from archives import Index
 from augment import loss_sum, soft_targets
-from checkpoint import Saver, load_newest
+from checkpoint import load_newest
 from configs import TrainConfig, ViTConfig, stable_seed, to_plain
 from evaluate import score
 from memory import checkpoint_bytes
@@ -49,6 +49,7 @@ from runtime import (
     start_processes,
     user_errors,
 )
+from saver import Saver
 from sources import open_data
 
 
