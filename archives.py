@@ -37,6 +37,7 @@ ARRAYS = "names", "offsets", "labels", "tars", "starts", "sizes", "classes", "fi
 WORDS = {split: re.compile(rf"(?<![a-z])(?:{words})(?![a-z])", re.IGNORECASE)
          for split, words in (("train", "train"), ("val", "val|validation"))}
 TAR = re.compile(r"\.(tar|tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
+from tqdm import tqdm
 PACKED = b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"  # gzip, bzip2, xz, zstandard
 MOST_CLASSES = 1 << 20
 THREADS = 8  # each waits for the disk between two headers
@@ -213,7 +214,9 @@ def build(folder: str, files: list[str]) -> dict[str, np.ndarray]:
     with ThreadPoolExecutor(THREADS) as pool:
         while spans:
             tars, spans = spans, []
-            for span, (found, *more, inner) in zip(tars, pool.map(scan_tar, tars)):
+            bar = tqdm(pool.map(scan_tar, tars), "headers", len(tars), unit="tar", leave=False,
+                       delay=5, dynamic_ncols=True)
+            for (found, *more, inner), span in zip(bar, tars):
                 spans += inner
                 names += found
                 for column, part in zip(columns, (array("i", [span.tar]) * len(found), *more)):

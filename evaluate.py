@@ -274,8 +274,8 @@ def open_model(config: EvalConfig, given: dict, grid: Grid, device: torch.device
     check_layout(config, vit, grid.world.size, device.type)
     name, tp = weights.model_name(facts), config.tensor_parallel_size
     micro = config.micro_batch_size or largest_micro_batch(name, tp, device.type == "cuda")
-    run = Run(config, vit, grid, device, micro_batch=micro)
     images = on_rank_0(grid, lambda: open_images(config, vit, facts))
+    run = Run(config, vit, grid, device, micro_batch=micro)
     fitted, report = weights.fit_weights(source, vit)
     model, kernels = build_model(run)
     weights.load_weights(model, fitted)

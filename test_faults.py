@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from checkpoint import complete_checkpoints
 from configs import TrainConfig
-from parallel import ShardedOptimizer
+from parallel import ShardedOptimizer, on_rank_0
 from runtime import run_program, start_processes
 from sources import Shapes
 from testing import TRAIN_FLAGS, grid_of, run_ranks, start_ranks, train_main
@@ -347,6 +347,16 @@ def test_the_timeout_is_that_of_every_group():
     """--collective-timeout 0.5 ends what waits in a tp or dp group, well before the peer leaves."""
     waited = run_ranks(4, _waits_in_its_group)[0]
     assert all(0.4 < seconds < 2 for seconds in waited)
+
+
+def _waits_for_rank_0():
+    grid, _ = start_processes(TrainConfig(collective_timeout=0.5))
+    return on_rank_0(grid, lambda: time.sleep(2) or os.environ["RANK"])
+
+
+def test_what_rank_0_does_alone_may_take_longer_than_the_timeout():
+    """Reading the headers of tars for minutes is no collective: the others get its result."""
+    assert run_ranks(2, _waits_for_rank_0)[0] == ["0", "0"]
 
 
 def main():
