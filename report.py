@@ -65,7 +65,8 @@ def open_run(output: str, config: ReportConfig, given: dict) -> Opened:
     for line in log.read_text().splitlines() if log.exists() else ():
         with contextlib.suppress(ValueError):  # a line cut by a crash
             lines.append(json.loads(line))
-    own = {} if config.data else {name: trained[name] for name in ("data", "val_labels")}
+    own = {} if config.data else {name: trained.get(name)
+                                  for name in ("data", "val_labels", "index")}
     told = {**given, **own, "checkpoint": output, "output_dir": config.output[0]}
     del told["output"]
     opened = open_model(EvalConfig(**told, compile=False), given, Grid(),  # compiled: no hooks

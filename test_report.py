@@ -244,6 +244,20 @@ def test_two_runs_lie_side_by_side(trained, tmp_path):
     assert f"{tmp_path / 'copy'} training" in page.text and f"{output} training" in page.text
 
 
+def test_a_run_is_opened_with_its_own_data_and_index(tmp_path, monkeypatch):
+    """Its labels and the index of its tars too, which then are not read again; with --data no."""
+    opened = []
+    own = dict(data="photos", val_labels="labels.txt", index="photos.npz")
+    monkeypatch.setattr(report, "newest_checkpoint", lambda path: path)
+    monkeypatch.setattr(report, "read_meta", lambda path: dict(config=own))
+    monkeypatch.setattr(report, "open_model",
+                        lambda config, *rest: opened.append(config) or [0] * 5)
+    for flags in ([], ["--data", "other"]):
+        report.open_run("run", *parse(ReportConfig, [str(tmp_path), *flags]))
+    assert [{name: getattr(config, name) for name in own} for config in opened] == [
+        own, dict(data="other", val_labels=None, index=None)]
+
+
 def test_many_classes_are_told_by_the_ends_of_lists():
     """31 classes: no matrix, but an accuracy chart, 15 lowest, 15 highest, and the pairs."""
     labels = [i for i in range(31) for _ in range(2)]
