@@ -285,10 +285,14 @@ def open_model(config: EvalConfig, given: dict, grid: Grid, device: torch.device
     run.log.print(f"model {name or 'of its own shape'} of {config.checkpoint} ({source.format}): "
                   f"{vit.num_params / 1e6:,.2f} M parameters, {vit.num_classes} classes; "
                   f"{'; '.join(report)}")
-    if getattr(images, "share", None):
+    share, trained = getattr(images, "share", None), source.facts.get("val_share") or "none"
+    if share == 1:
+        run.log.print(f"{config.data} has no val, and --val-share {trained} of it does not leave "
+                      f"the {facts['images']:,} images of training: it is other data, and all "
+                      f"{len(images):,} images are scored")
+    elif share:
         run.log.print(f"{config.data} has no val: {len(images):,} of its images, --val-share "
-                      f"{images.share} (of its own, training held out "
-                      f"{source.facts.get('val_share') or 'none'}); all: --val-share 1")
+                      f"{share} (of its own, training held out {trained}); all: --val-share 1")
     run.log.print(f"images {' x '.join(map(str, vit.image_hw))} px, crop ratio {config.crop_ratio},"
                   f" mean {config.mean}, std {config.std}")
     run.log.print(f"batch {micro} x dp {grid.dp.size}; tp {tp}, {grid.world.size} x "
@@ -301,22 +305,24 @@ def open_images(config: EvalConfig, vit, facts: dict):
     """The images to score or to predict; raises ValueError if they are not of the model's classes,
     or where the results cannot be written."""
     classes = facts["classes"]
+    check_writable(Path(config.output_dir))
     if config.predict:
-        images = sources.scan_flat(config.predict, "")
-        check_writable(Path(config.output_dir))
-        return images
+        return sources.scan_flat(config.predict, "")
+    # Of training's own folder, which may have grown, or of as many images elsewhere, a part is new.
+    own = config.val_share or os.path.realpath(config.data) == os.path.realpath(
+        facts.get("data") or "")
     if config.data != "shapes":
         sources.check_share(config.data, config.val_share)
     images = sources.open_val(config.data, vit.image_hw, config.val_labels,
                               list(classes) or list(map(str, range(vit.num_classes))),
-                              facts.get("val_share"), Index.of_run(config))
+                              facts.get("val_share"), Index.of_run(config),
+                              None if own else facts.get("images"))
     if classes:
         sources.check_same_classes(f"the model of {config.checkpoint}", list(classes),
                                    config.data, images.classes)
     elif len(images.classes) != vit.num_classes:
         raise ValueError(f"--data: {config.data} has {len(images.classes)} classes, "
                          f"--checkpoint {config.checkpoint} has {vit.num_classes}")
-    check_writable(Path(config.output_dir))
     return images
 
 

@@ -152,11 +152,18 @@ def scan(data, split: str, index: archives.Index | None) -> ImageFolder:
     """The images of a split in tars, else in class folders. Raises ValueError for those in a tar
     that have no class, and where `scan_tars` or `scan_folder` does."""
     source = scan_tars(data, split, index)
-    if source and source.classes == [archives.stem(source.files[0])]:
+    if source is None:
+        return scan_folder(data, split)
+    hint = "; or name the classes with --val-labels" if split == "val" else ""
+    if source.classes == [archives.stem(source.files[0])]:
         raise ValueError(f"--data: the images in {source.files[0]} have no class: they are neither "
-                         f"in CLASS/ nor beside a .cls or .json"
-                         + ("; name their classes with --val-labels" if split == "val" else ""))
-    return source or scan_folder(data, split)
+                         f"in CLASS/ nor beside a .cls or .json{hint}")
+    untold = np.flatnonzero(source.labels < 0)
+    if len(untold):
+        raise ValueError(f"--data: {len(untold):,} of {len(source):,} images have no class, a "
+                         f"number from 0 on that is all of a .cls beside them, or \"label\" or "
+                         f"\"cls\" in a .json: {source.name(untold[0])}{hint}")
+    return source
 
 
 def scan_folder(root, split: str) -> ImageFolder:
@@ -370,6 +377,8 @@ def open_data(data: str, image_hw: tuple[int, int], val_labels: str | None = Non
     if val_labels is None and not archives.find(data, "train")[1]:
         val = open_val(data, image_hw, index=index)  # first, because it is quick
         train = scan(data, "train", index)
+        if getattr(val, "numbered", False):
+            take_classes(val, train.classes)
     else:
         train = scan(data, "train", index)
         val = open_val(data, image_hw, val_labels, train.classes, index=index)
@@ -379,14 +388,16 @@ def open_data(data: str, image_hw: tuple[int, int], val_labels: str | None = Non
 
 def open_val(data: str, image_hw: tuple[int, int], val_labels: str | None = None,
              classes: list[str] | None = None, val_share: float | None = None,
-             index: archives.Index | None = None):
+             index: archives.Index | None = None, images: int | None = None):
     """The validation source of --data: DATA/val/CLASS/*, or tars.
 
-    classes: a model's, in its order (the shapes' are not sorted). Folders of these names, or named
-    by their numbers 0, 1, ... as ImageNet-V2's, get its labels, others stay sorted; and without a
-    folder DATA/val the classes may lie in DATA itself. With val_labels images lie flat in DATA/val,
-    and are of `classes`. val_share: without val, of which part training held out; 1 and None: all.
-    Raises ValueError where `scan`, `scan_flat`, `read_labels` or `hold_out` does.
+    classes: a model's, in its order (the shapes' are not sorted), which `take_classes` gives.
+    With them and without a folder DATA/val the classes may lie in DATA itself, as ImageNet-V2's.
+    With val_labels images lie flat in DATA/val, and are of `classes`.
+    val_share: without val, of which part training held out; 1 and None: all.
+    images: what training had left; where this split leaves another number it saw none of DATA's,
+    and all are returned. None: that is not asked.
+    Raises ValueError where `scan`, `scan_flat`, `read_labels`, `take_classes` or `hold_out` does.
     """
     if data == "shapes":
         return Shapes(image_hw, "val")
@@ -399,19 +410,26 @@ def open_val(data: str, image_hw: tuple[int, int], val_labels: str | None = None
     elif val_share == 1:
         source = _whole(data, index)
     else:
-        source = hold_out(_whole(data, index), data, val_share)[1]
-    if classes and getattr(source, "numbered", False):
+        source = hold_out(_whole(data, index), data, val_share, images)[1]
+    if classes:
+        take_classes(source, classes)
+    return source
+
+
+def take_classes(source: ImageFolder, classes: list[str]) -> None:
+    """Labels a source as a model does: by its folders' names, or their numbers 0, 1, ..., or the
+    numbers of WebDataset. Other folders stay as they are. Raises ValueError for too large ones."""
+    if getattr(source, "numbered", False):
         if len(source.classes) > len(classes):
             raise ValueError(f"--data: {source.name(int(source.labels.argmax()))} is of class "
                              f"{source.labels.max()}, and there are {len(classes)} classes")
         source.classes = classes
-    for names in (classes, list(map(str, range(len(classes))))) if classes else ():
+    for names in classes, list(map(str, range(len(classes)))):
         if set(names) == set(source.classes):
             number = {name: i for i, name in enumerate(names)}
             numbers = np.array([number[name] for name in source.classes], np.int32)
             source.classes, source.labels = classes, numbers[source.labels]
             break
-    return source
 
 
 # ----------------------------------------------------------------------------- without val
@@ -445,17 +463,22 @@ def _whole(data, index: archives.Index | None) -> ImageFolder:
     return source
 
 
-def hold_out(source: ImageFolder, data, share: float) -> tuple[ImageFolder, ImageFolder]:
+def hold_out(source: ImageFolder, data, share: float,
+             images: int | None = None) -> tuple[ImageFolder, ImageFolder]:
     """(train, val) of a source without val: an image is in val if the 64 bits of BLAKE2b of its
     path, from its class's folder on, are a number below share * 2^64.
 
     So another place of the folder changes nothing, nor does a tar in its place, and images that are
-    added move no other. Raises ValueError for a class without a training image, and an empty val.
+    added move no other. images: how many must be in train, else both are the whole.
+    Raises ValueError for a class without a training image, and an empty val.
     """
     def drawn(index: int) -> bool:
         digest = hashlib.blake2b(source.path(index), digest_size=8).digest()
         return int.from_bytes(digest, "big") < share * 2**64
     held = np.fromiter(map(drawn, range(len(source))), bool, len(source))
+    if images not in (None, len(held) - held.sum()):
+        source.share = 1
+        return source, source
     train, val = source.subset(~held), source.subset(held)
     bare = [source.classes[i] for i in np.setdiff1d(source.labels, train.labels)]
     for what, odd in ((f"all images of {_first(bare)}, where each class needs one to train on: "

@@ -665,7 +665,8 @@ def test_a_model_is_scored_on_what_its_training_held_out(tmp_path):
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
             place / str(i % 2) / f"{i}.png")
     tar = pack(tmp_path / "photos.tar", [("photos", place)])
-    held = len(sources.open_data(str(place), HW, val_share=0.3)[1])
+    seen, held = sources.open_data(str(place), HW, val_share=0.3)
+    held = len(held)
     argv = [*TRAIN_FLAGS, "--data", tar, "--output-dir", out, "--max-steps", 1, "--num-workers", 0]
     run_command(train.main, *argv, "--dry-run")
     assert not out.exists()
@@ -763,6 +764,12 @@ def test_layout_and_resume_do_not_change_batches_or_pixels():
 @pytest.mark.parametrize("world, batch", list(itertools.product((1, 2, 3, 4), (7, 64))))
 def test_evaluation_counts_each_image_once(world, batch):
     """All ranks have as many equal batches; every image is in one; the rest is padding. What
+    (place / seen.name(0)).unlink()  # not training's images: it is taken to have seen none
+    output = scored()
+    assert "it is other data, and all 99 images are scored" in output and "on 99 images" in output
+    assert f"on {held} images" in scored("--val-share", 0.3)
+    pack(tar, [("photos", place)])  # training's own, which has changed since
+    assert f"on {held} images" in scored("--data", tar)
     training alone needs, seed, augmentation and global batch, the config need not have."""
     config = SimpleNamespace(crop_ratio=0.875, num_workers=0, prefetch_factor=4, pin_memory=True,
                              decode="auto")

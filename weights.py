@@ -48,7 +48,8 @@ from parallel import shard
 from recipes import FINE_TUNING, RECIPES
 
 TOLD = ("image_size", "num_attention_heads", "layernorm_eps", "gelu_approximate", "mean", "std",
-        "crop_ratio", "precision", "classes", "pool", "layerscale", "val_share")  # not by shapes
+        "crop_ratio", "precision", "classes", "pool", "layerscale", "val_share",
+        "images")  # not by shapes
 SHAPE = ("hidden_size", "ffn_hidden_size", "num_layers", "patch_size", "num_attention_heads",
          "num_channels", "num_class_tokens", "pre_norm")  # what makes another model; four name it
 
@@ -124,7 +125,8 @@ def open_file(path: Path, which: str | None = None) -> tuple[dict[str, torch.Ten
             isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in raw.items()):
         raise ValueError("it is not a dictionary of named tensors")
     told = told or hub.facts_beside(path)
-    return raw, {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k in TOLD}
+    return raw, {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()
+                 if k in (*TOLD, "data")}  # a path of this machine, which no file takes along
 
 
 def _load(path: Path, average: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
@@ -133,7 +135,8 @@ def _load(path: Path, average: bool = False) -> tuple[dict[str, torch.Tensor], d
         meta, read = read_meta(path), CheckpointTensors(path)
         return ({name: read(name, "ema" if average and "ema" in read.kinds(name) else "weight")
                  for name in meta["where"]},  # what was frozen has no average
-                {**meta["config"], **meta["vit"], "classes": meta["classes"]})
+                {**meta["config"], **meta["vit"], "classes": meta["classes"],
+                 "images": meta.get("images")})
     open(path, "rb").close()  # of a file that may not be read safetensors says that there is none
     if path.suffix == ".json":  # the index of a file in parts
         parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
