@@ -97,9 +97,14 @@ SMALL_FOLDER = 250_000  # training images; with fewer, `pretrain` ends soon afte
 
 
 def default_recipe(given: dict) -> str:
-    """Of a training run without --recipe: demo for the demo's data and model; for a folder with
-    fewer than SMALL_FOLDER files in train/, or in itself, small, with --init-from small-finetune;
-    else pretrain. A tar is taken to have an image in each 40 kB, unread.
+    """The recipe of a training run without --recipe.
+
+        demo              the demo's data and model
+        small             a folder with fewer than SMALL_FOLDER files in train/, or in itself
+        small-finetune    the same with --init-from
+        pretrain          all else
+
+    A tar is not read: it counts as an image for each 40 kB. Where nodes differ, rank 0's holds.
     """
     data = given.get("data", "shapes")
     if data == "shapes":

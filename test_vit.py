@@ -354,6 +354,23 @@ def test_the_default_recipe_counts_no_more_images_than_it_must(tmp_path, monkeyp
     assert len(read) == 2  # train itself and its first class
 
 
+def _recipe_of_a_run(argv):
+    """The recipe of a rank; rank 1 sees nothing of the data."""
+    if os.environ["RANK"] == "1":
+        recipes.default_recipe = lambda given: "pretrain"
+    found = []
+    train.open_output = lambda config, grid: found.append(config.recipe) or 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        train.main(argv)
+    return found[0]
+
+
+def test_nodes_that_see_other_folders_have_one_recipe(tmp_path):
+    """Rank 0's: the others follow, whatever they find."""
+    argv = ["--data", str(make_folder(tmp_path)), "--model", "demo"]
+    assert run_ranks(2, _recipe_of_a_run, argv)[0] == ["small", "small"]
+
+
 def test_learning_rate_is_a_pure_function_of_the_step():
     """Linear warm-up that reaches lr, cosine that ends exactly at min_lr, no jump between them; a
     warm-up as long as the run and a run of one step have rates too."""

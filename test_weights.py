@@ -1166,7 +1166,7 @@ def test_flags_of_another_command_are_unknown(capsys, command, flags, words):
 
 
 def test_bad_input_is_one_clear_error(tmp_path):
-    """Exit code 2 and one line, nothing written: no folder, no image, no weights, weights without
+    """Exit code 2 and one line, no file written: no folder, no image, no weights, weights without
     a head, a file where the output should go, images with other classes."""
     out, images = tmp_path / "out", tmp_path / "images"
     export(tmp_path / "w.pt", SMALL, "timm")
@@ -1189,5 +1189,5 @@ def test_bad_input_is_one_clear_error(tmp_path):
     paint(images / "1.png")
     assert "/x cannot be written" in use("--predict", images, "--output-dir", tmp_path / "file/x")
     make_folder(tmp_path / "data")
-    assert "has 2 classes, --checkpoint" in use("--data", tmp_path / "data")
-    assert not out.exists()
+    assert "has 2 classes, --checkpoint" in use("--data", tmp_path / "data", "--output-dir", out)
+    assert not list(out.iterdir())

@@ -169,6 +169,9 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
         # A dry run describes WORLD_SIZE processes but needs only this one.
         grid, device = ((Grid(), torch.device(device_type)) if config.dry_run
                         else start_processes(config))
+        # One recipe for all: the default looks at the data, which nodes may see differently.
+        config, vit, given = on_rank_0(grid, lambda: (config, vit, given))
+        start = open_output(config, grid)  # before tars are read, which may take minutes
         train_set, val_set, vit = open_images(config, vit, given, grid, sources)
         config = dataclasses.replace(config, val_share=getattr(val_set, "share", None))
         if config.warmup_epochs is not None:
@@ -178,7 +181,7 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
         if decay and decay > (after := after - config.warmup_steps):
             raise ValueError(f"--decay-steps {decay} must not exceed the {after} steps after "
                              f"warm-up")
-        config, vit, start = choose_start(config, vit, given, grid)
+        config, vit = choose_start(config, vit, given, start)
         batch = plan_batch(config, vit, world, device_type)  # weights may bring class tokens along
         if config.dry_run:
             total_steps, _ = run_length(config, len(train_set))
@@ -232,12 +235,17 @@ class Start:
     locks: list = field(default_factory=list)  # on rank 0, held until the process ends
 
 
-def choose_start(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid):
-    """(config, vit, Start), the configurations with what weights bring along."""
+def open_output(config: TrainConfig, grid: Grid) -> Start:
+    """Makes this job the one that writes in --output-dir, and finds its checkpoints."""
     start = Start()
     if not config.dry_run:
         start.candidates, start.news = on_rank_0(grid, lambda: resume.open_output(
             config.output_dir, config.resume, start.locks))
+    return start
+
+
+def choose_start(config: TrainConfig, vit: ViTConfig, given: dict, start: Start):
+    """(config, vit) with what weights bring along, which `start` gets."""
     if "recipe" not in given:
         start.news.insert(0, f"recipe {config.recipe}, the default here; others: "
                              f"{', '.join(RECIPES)}")
@@ -245,7 +253,7 @@ def choose_start(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid):
         if config.recipe in FINE_TUNING and not config.dry_run:
             raise ValueError(f"--recipe {config.recipe} needs --init-from WEIGHTS: a checkpoint or "
                              f"output directory of this program, or a file of another library")
-        return config, vit, start
+        return config, vit
     import weights
     if start.candidates:  # a checkpoint has these facts too, and the file may be gone
         source = weights.Weights("a checkpoint", {}, resume.facts_of(start.candidates[0]))
@@ -253,13 +261,13 @@ def choose_start(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid):
         if config.init_from:
             start.news.append(f"--init-from {config.init_from} is not read again: the checkpoint "
                               f"goes on")
-        return config, vit, start
+        return config, vit
     source = weights.read_weights(config.init_from, config.init_image_size, config.weights)
     config, vit, taken = weights.adopt(source, config, vit, given)
     start.weights, report = weights.fit_weights(source, vit)
     start.news += [f"weights of {config.init_from} ({source.format}): {'; '.join(report)}",
                    "with them: " + ", ".join(f"{k} {v}" for k, v in taken.items())]
-    return config, vit, start
+    return config, vit
 
 
 def check_start(config: TrainConfig, vit: ViTConfig, grid: Grid, start: Start, train_set) -> None:
