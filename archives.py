@@ -2,27 +2,34 @@
 
     tar = (header of 512 bytes, content padded to 512 bytes) x members, at least one zero block
 
-A member's path is the one in its tar; a tar whose images lie flat is a folder of its
-name: ILSVRC2012_img_train.tar holds n01440764/n01440764_10026.JPEG in n01440764.tar,
-as the extracted folder does. A folder around all class folders is left out. The class is the first
-folder, or in WebDataset's shards the number that lies beside IMAGE.jpg: the whole of IMAGE.cls, or
-"label" or "cls" of IMAGE.json. The index of the n images of a split is a dict of arrays:
+An image's path is the one that unpacking everything would give:
+
+    a.tar holds c/1.jpg                    c/1.jpg
+    c.tar holds 1.jpg, flat                c/1.jpg        a tar of flat images is a folder
+    a.tar holds d/c.tar, that 1.jpg        d/c/1.jpg      so is a tar inside a tar
+
+Folders around all images are left out. The class is the first folder that is left. In WebDataset's
+shards it is the number beside IMAGE.jpg: all of IMAGE.cls, or "label" or "cls" of IMAGE.json.
+The index of the n images of a split is a dict of arrays:
 
     names    uint8 [total bytes]   every path, end to end, in the order of classes, then of paths
     offsets  int64 [n + 1]         path i is names[offsets[i]:offsets[i + 1]]
-    labels   int32 [n]             the class, a position in `classes`
+    labels   int32 [n]             the class, a position in `classes`; below 0: none is told
     tars     int32 [n]             the tar of image i, a position in `files`
     starts   int64 [n]             its first byte there
     sizes    int64 [n]             its bytes
     classes  str [c]               names of folders; empty if labels are WebDataset's numbers
-    files    str [t]               the tars, relative to the folder of the data
+    files    str [t]               the tars, relative to `folder`
     stamps   int64 [t, 2]          bytes and mtime (ns) of each, by which a changed one is known
+    folder   str []                the real path of the data's folder
 """
 
+import contextlib
 import itertools
 import json
 import os
 import re
+import tempfile
 import time
 import zipfile
 from array import array
@@ -30,44 +37,53 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ENDINGS = frozenset(os.fsencode(ending[1:]) for ending in EXTENSIONS)
-ARRAYS = "names", "offsets", "labels", "tars", "starts", "sizes", "classes", "files", "stamps"
+ARRAYS = ("names", "offsets", "labels", "tars", "starts", "sizes", "classes", "files", "stamps",
+          "folder")
+VERSION = 2  # of the file; one of another version is made anew
 WORDS = {split: re.compile(rf"(?<![a-z])(?:{words})(?![a-z])", re.IGNORECASE)
          for split, words in (("train", "train"), ("val", "val|validation"))}
-TAR = re.compile(r"\.(tar|tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
-from tqdm import tqdm
+TAR = re.compile(r"\.(tar|tar\.(gz|bz2?|xz|zst|lz4|Z)|tgz|tbz2?|txz)$", re.IGNORECASE)
 PACKED = b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"  # gzip, bzip2, xz, zstandard
 MOST_CLASSES = 1 << 20
+NO_CLASS, UNTOLD = -1, -2  # labels of images with nothing beside them, and with a file without one
+UNREADABLE = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile  # what np.load raises
 THREADS = 8  # each waits for the disk between two headers
 
 
 def find(data, split: str) -> tuple[str, list[str]]:
-    """(folder, tars in it) of a split of --data: those of DATA/SPLIT, or those in DATA whose names
-    have the word train, or val or validation. Split '': the tar DATA itself, or all in DATA. None
-    where folders or images lie beside them: what is unpacked comes first. Raises ValueError for a
-    name with both words."""
+    """(folder, tars in it) of a split of --data: all in DATA/SPLIT; or if that is empty or not
+    there, those in DATA whose names have the word train, or val or validation. Split '': all in
+    DATA, or the tar DATA itself.
+
+    The list is empty where folders or images lie beside the tars: what is unpacked comes first.
+    Raises ValueError for a name with both words.
+    """
     data = os.fspath(data)
     if os.path.isfile(data):
         folder, name = os.path.split(data)
         return folder, [name] if TAR.search(name) and not split else []
-    inside = bool(split) and os.path.isdir(os.path.join(data, split))
-    try:
-        entries = [e for e in os.scandir(os.path.join(data, split) if inside else data)
-                   if not e.name.startswith(".")]
-    except FileNotFoundError:
-        return data, []
-    if (inside or not split) and any(e.is_dir() or e.name.lower().endswith(EXTENSIONS)
-                                     for e in entries):
-        return data, []
-    tars = [e for e in entries if TAR.search(e.name)]
-    if split and not inside:
+    inside = _entries(os.path.join(data, split)) if split else _entries(data)
+    if inside:
+        unpacked = any(e.is_dir() or e.name.lower().endswith(EXTENSIONS) for e in inside)
+        tars = [] if unpacked else [e for e in inside if TAR.search(e.name)]
+    else:
+        tars = [e for e in _entries(data) if TAR.search(e.name)]
         both = [e.path for e in tars if all(word.search(e.name) for word in WORDS.values())]
         if both:
             raise ValueError(f"--data: {min(both)} has train and val in its name: rename it")
-        tars = [e for e in tars if WORDS[split].search(e.name)]
+        tars = [e for e in tars if split and WORDS[split].search(e.name)]
     return data, sorted(os.path.relpath(e.path, data) for e in tars)
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    """What is in a folder, but for hidden names; nothing if it is not there."""
+    if not os.path.isdir(folder):
+        return []
+    return [e for e in os.scandir(folder) if not e.name.startswith(".")]
 
 
 def stem(path: str) -> str:
@@ -146,17 +162,14 @@ def _name(head: bytes, told: dict) -> bytes:
 
 
 def _class_number(content: bytes, ending: bytes) -> int:
-    """The class of a WebDataset sample; -1 if its .json tells none. ValueError for nonsense."""
-    if ending == b"cls":
-        number = int(content)
-    else:
-        facts = json.loads(content)
-        number = facts.get("label", facts.get("cls")) if isinstance(facts, dict) else None
-        if number is None:
-            return -1
-    if type(number) is not int or not 0 <= number < MOST_CLASSES:
-        raise ValueError(f"{number!r} is no class from 0 on")
-    return number
+    """The class that a WebDataset sample's .cls or .json tells, or UNTOLD."""
+    try:
+        number = json.loads(content) if ending == b"json" else int(content)
+    except ValueError:
+        return UNTOLD
+    if isinstance(number, dict):
+        number = number.get("label", number.get("cls"))
+    return number if type(number) is int and 0 <= number < MOST_CLASSES else UNTOLD
 
 
 class Span(NamedTuple):
@@ -166,11 +179,12 @@ class Span(NamedTuple):
     path: str  # what to call it: FILE/INNER.tar
     start: int
     end: int
+    folder: bytes = b""  # where it lies in the outermost one: FOLDER/, or nothing
 
 
 def scan_tar(span: Span):
-    """(names, first bytes, sizes, class numbers or -1) of the images in a tar, in its order, and
-    the Spans of the tars in it."""
+    """(paths, first bytes, sizes, labels) of the images in a tar, in its order, and the Spans of
+    the tars in it. The labels are numbers that WebDataset's files tell, or NO_CLASS or UNTOLD."""
     names, inner, numbers = [], [], {}
     starts, sizes = array("q"), array("q")
     with open(span.file, "rb", buffering=0) as file:
@@ -189,25 +203,26 @@ def scan_tar(span: Span):
                 names.append(name)
                 starts.append(start)
                 sizes.append(size)
-            elif ending == b"tar":
-                inner.append(Span(span.tar, span.file, f"{span.path}/{os.fsdecode(name)}", start,
-                                  start + size))
-            elif ending == b"cls" or ending == b"json" and key not in numbers:
-                try:
+            elif ending in (b"cls", b"json"):
+                if ending == b"cls" or key not in numbers:
                     numbers[key] = _class_number(os.pread(fd, max(size, 0), start), ending)
-                except ValueError as e:
-                    raise ValueError(f"--data: {span.path}: {os.fsdecode(name)}: {e}") from e
-    labels = array("i", (numbers.get(name.rpartition(b".")[0], -1) for name in names))
+            elif TAR.search(path := os.fsdecode(name)):  # a compressed one is an error, in walk
+                folder = span.folder + name[:name.rfind(b"/") + 1]
+                inner.append(Span(span.tar, span.file, f"{span.path}/{path}", start, start + size,
+                                  folder))
+    labels = array("i", (numbers.get(name.rpartition(b".")[0], NO_CLASS) for name in names))
+    folder = span.folder
     if any(b"/" not in name for name in names):
-        folder = os.fsencode(stem(span.path)) + b"/"
-        names = [folder + name for name in names]
-    return names, starts, sizes, labels, inner
+        folder += os.fsencode(stem(span.path)) + b"/"
+    else:  # a class folder needs no number
+        labels = array("i", (max(label, NO_CLASS) for label in labels))
+    return [folder + name for name in names], starts, sizes, labels, inner
 
 
 # ----------------------------------------------------------------------------- the index of a split
 def build(folder: str, files: list[str]) -> dict[str, np.ndarray]:
     """The index of these tars, without stamps. Raises ValueError for what `walk` does, no image,
-    two images of one path, and classes for some images only."""
+    and two images of one path."""
     names, columns = [], [array("i"), array("q"), array("q"), array("i")]
     paths = [os.path.join(folder, file) for file in files]
     spans = [Span(i, path, path, 0, os.path.getsize(path)) for i, path in enumerate(paths)]
@@ -239,20 +254,15 @@ def build(folder: str, files: list[str]) -> dict[str, np.ndarray]:
             which = " and ".join(sorted({files[tars[i]], files[tars[i + 1]]}))
             raise ValueError(f"--data: {_path(name)} is twice in {which}")
     classes = []
-    if labels.max() < 0:
+    if (labels == NO_CLASS).all():
         groups = [(key, sum(1 for _ in group)) for key, group in itertools.groupby(
             names, lambda name: name.partition(b"\0")[0])]
         classes = [os.fsdecode(name) for name, _ in groups]
         labels = np.repeat(np.arange(len(groups), dtype=np.int32), [count for _, count in groups])
-    elif labels.min() < 0:
-        odd = int(labels.argmin())
-        raise ValueError(f"--data: {(labels < 0).sum():,} of {len(names):,} images have no class "
-                         f"in a .cls or .json beside them: {_path(names[odd])} in "
-                         f"{files[tars[odd]]}")
     return dict(names=np.frombuffer(b"".join(names).replace(b"\0", b"/"), np.uint8),
                 offsets=np.cumsum([0, *map(len, names)], dtype=np.int64), labels=labels, tars=tars,
                 starts=starts, sizes=sizes, classes=np.array(classes, np.str_),
-                files=np.array(files, np.str_))
+                files=np.array(files, np.str_), folder=np.array(os.path.realpath(folder)))
 
 
 def _after(name: bytes, cut: int) -> int:
@@ -285,7 +295,7 @@ class Index:
         is no longer there, and for an --index of other tars."""
         stats = [os.stat(os.path.join(folder, file)) for file in files]
         stamps = np.array([[stat.st_size, stat.st_mtime_ns] for stat in stats], np.int64)
-        kept, odd = self._kept(split or "all", files, stamps)
+        kept, odd = self._kept(folder, split or "all", files, stamps)
         if kept:
             return kept
         if odd and self.given:
@@ -294,25 +304,32 @@ class Index:
         print((f"index {self.path}: {odd}; " if odd else "") + "reading the headers of "
               f"{len(files):,} tar{'s' * (len(files) > 1)}, {stamps[:, 0].sum() / 2**30:,.1f} GiB",
               flush=True)
+        if self.keep:  # whether it can be written is told before the headers are read
+            place = os.path.dirname(os.path.abspath(self.path))
+            os.makedirs(place, exist_ok=True)
+            tempfile.TemporaryFile(dir=place).close()
         begin = time.perf_counter()
         index = build(folder, files) | dict(stamps=stamps)
-        print(f"{len(index['labels']):,} images in {time.perf_counter() - begin:.1f} s"
-              + (f", kept in {self.path}" if self.keep else ""), flush=True)
+        seconds = time.perf_counter() - begin
         if self.keep:
             self._write({f"{split or 'all'}.{name}": index[name] for name in ARRAYS})
+        print(f"{len(index['labels']):,} images in {seconds:.1f} s"
+              + (f", kept in {self.path}" if self.keep else ""), flush=True)
         return index
 
-    def _kept(self, split: str, files: list[str], stamps: np.ndarray):
+    def _kept(self, folder: str, split: str, files: list[str], stamps: np.ndarray):
         """(the kept index or None, what is wrong with it or None)."""
         if self.path is None or not os.path.exists(self.path):
             return None, None
         try:
-            with np.load(self.path, allow_pickle=False) as file:
-                if f"{split}.files" not in file:
-                    return None, None
-                kept = {name: file[f"{split}.{name}"] for name in ARRAYS}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+            arrays = self._read(f"{split}.")
+        except UNREADABLE as e:
             return None, f"it cannot be read ({e})"
+        if not arrays:
+            return None, None
+        kept = {name: arrays[f"{split}.{name}"] for name in ARRAYS}
+        if not self.given and str(kept["folder"]) != os.path.realpath(folder):
+            return None, f"it is of {kept['folder']}"
         listed = kept["files"].tolist()
         gone = sorted(set(listed) - set(files))
         if 0 < len(gone) < len(listed):
@@ -324,17 +341,21 @@ class Index:
         changed = [file for file, same in zip(files, (kept["stamps"] == stamps).all(1)) if not same]
         return (None, f"{changed[0]} has changed") if changed else (kept, None)
 
+    def _read(self, begin: str = "") -> dict[str, np.ndarray]:
+        """The file's arrays of names that begin so. Raises what is in UNREADABLE."""
+        with np.load(self.path, allow_pickle=False) as file:
+            version = int(file["version"]) if "version" in file else 1
+            if version != VERSION:
+                raise ValueError(f"it is of version {version}, not {VERSION}")
+            return {name: file[name] for name in file.files if name.startswith(begin)}
+
     def _write(self, arrays: dict[str, np.ndarray]) -> None:
         """Atomically, beside the other splits' arrays that the file may have."""
         part = f"{self.path}.{os.getpid()}"
-        try:
-            with np.load(self.path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files} | arrays
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass  # there is none, or none to keep
-        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+        with contextlib.suppress(*UNREADABLE):  # there is none, or none to keep
+            arrays = self._read() | arrays
         with open(part, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays | dict(version=np.array(VERSION)))
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, self.path)

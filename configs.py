@@ -331,9 +331,9 @@ class Step(Compute):
 class TrainConfig(Step, Loader):
     """train.py: one run."""
 
-    data: str = flag("shapes", "folder with train/CLASS/* and val/CLASS/*, or with CLASS/* alone; "
-                     "for either of the two also tars, which are read where they lie: *train*.tar "
-                     "and *val*.tar, of ILSVRC2012 or WebDataset; or 'shapes' (drawn)")
+    data: str = flag("shapes", "folder with train/CLASS/* and val/CLASS/*, or with CLASS/* alone. "
+                     "Or with tars of them, *train*.tar and *val*.tar: ILSVRC2012's, WebDataset's "
+                     "or your own, read where they lie. Or 'shapes' (drawn)")
     val_labels: str | None = flag(
         None, "file with the classes of images that lie flat in DATA/val or in val's tar: lines of "
         "'NAME CLASS', or ImageNet's LOC_val_solution.csv", data=FOLDER)

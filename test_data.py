@@ -36,6 +36,7 @@ from torchvision.transforms import v2
 import archives
 import data
 import evaluate
+import resume
 import sources
 import train
 from augment import (
@@ -51,7 +52,7 @@ from augment import (
     soft_targets,
     train_transform,
 )
-from configs import CROPPED, TrainConfig, stable_seed
+from configs import CROPPED, EvalConfig, TrainConfig, stable_seed
 from data import IGNORE, PADDING
 from sources import decode
 from testing import TRAIN_FLAGS, Few, generator, make_folder, paint, run_command
@@ -434,15 +435,53 @@ def test_webdataset_shards_have_their_classes_beside_the_images(tmp_path):
     assert scored.classes == names and scored.labels.tolist() == [1]
     with pytest.raises(ValueError, match="k0.webp is of class 1, and there are 1 classes"):
         sources.open_val(tmp_path, HW, classes=["n0"])
-    for files, message in [(((".cls", b"-1"),), "k5.cls: -1 is no class"),
-                           (((".cls", b"cat"),), "k5.cls: invalid literal"),
-                           (((".json", b'{"label": "4"}'),), "k5.json: '4' is no class"),
-                           (((".json", b'{"label"'),), "k5.json: Expecting"),
-                           (((".json", b"[]"),), "1 of 6 images have no class .*k5.webp"), ((),
-                            "1 of 6 images have no class in a .cls or .json .*k5.webp in .*0002")]:
+    for files in ((), ((".cls", b"-1"),), ((".cls", b"cat"),), ((".json", b'{"label": "4"}'),),
+                  ((".json", b'{"label"'),), ((".json", b"[]"),)):
         shard("in1k-train-0002.tar", ("k5", *files))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match='1 of 6 images have no class, .*"label" or "cls" in a '
+                           ".json: in1k-train-0002.tar/k5.webp"):
             sources.open_data(tmp_path, HW)
+    for path in (tmp_path / "i.png", *tmp_path.glob("*.tar")):
+        path.unlink()
+    for i in range(2):  # the names of shards are no classes
+        shard(f"{i}.tar", (f"k{i}", (".json", b'{"text": "a cat"}')))
+    with pytest.raises(ValueError, match='2 of 2 images have no class.*"label".*: 0.tar/k0.webp'):
+        sources.open_data(str(tmp_path), HW)
+    for i in range(2):
+        (tmp_path / f"{i}.tar").rename(tmp_path / f"{'train' if i else 'val'}.tar")
+    assert len(sources.scan_flat(str(tmp_path), "val")) == 1  # to predict or with --val-labels
+    with pytest.raises(ValueError, match="val.tar/k0.webp; or name the classes with --val-labels"):
+        sources.open_val(str(tmp_path), HW)
+
+
+def test_numbers_are_the_classes_of_a_training_folder(tmp_path):
+    """WebDataset's val beside class folders in train: their order is the numbers'."""
+    make_folder(tmp_path, ("a", "b", "c"), ())
+    image = (tmp_path / "train/a/1.png").read_bytes()
+    pack(tmp_path / "val-0.tar", [("0.png", image), ("0.cls", b"1")])
+    train, val = sources.open_data(str(tmp_path), HW)
+    assert train.classes == val.classes == ["a", "b", "c"] and val.labels.tolist() == [1]
+    pack(tmp_path / "val-0.tar", [("0.png", image), ("0.cls", b"3")])
+    with pytest.raises(ValueError, match="is of class 3, and there are 3 classes"):
+        sources.open_data(str(tmp_path), HW)
+
+
+def test_the_folders_of_a_tar_are_those_of_the_tars_inside(tmp_path):
+    """A class may have several tars; a .json in its folder need not tell it; an empty folder train
+    does not hide train.tar; a compressed tar inside is named."""
+    image, parts = paint(tmp_path / "i.png").read_bytes(), []
+    for name in ("dogs/part1", "dogs/part2", "cats/part1"):
+        parts.append((f"all/{name}.tar", pack(tmp_path / "part.tar", [
+            ("1.png", image)]).read_bytes()))
+    parts += [("all/cats/2.png", image), ("all/cats/2.json", b'{"label": "cat"}')]
+    pack(tmp_path / "d/train.tar", parts)
+    (tmp_path / "d/train").mkdir()
+    source = sources.scan(str(tmp_path / "d"), "train", None)
+    assert source.classes == ["cats", "dogs"] and source.labels.tolist() == [0, 0, 1, 1]
+    assert [source.path(i) for i in (1, 3)] == [b"cats/part1/1.png", b"dogs/part2/1.png"]
+    pack(tmp_path / "d/train.tar", [*parts, ("mice/1.tar.gz", gzip.compress(parts[0][1]))])
+    with pytest.raises(ValueError, match="train.tar/mice/1.tar.gz is compressed"):
+        sources.scan(str(tmp_path / "d"), "train", None)
 
 
 def test_a_flat_validation_tar_takes_its_classes_from_a_file(tmp_path):
@@ -583,16 +622,58 @@ def test_an_index_is_kept_and_fits_its_tars(tmp_path, capsys):
     assert "it does not have train.tar" in opened()[1]
     path.write_bytes(path.read_bytes()[:100])
     assert "cannot be read" in opened()[1] and opened()[1] == ""
+    with np.load(path) as file:
+        np.savez(path, **{**file, "version": np.array(1)})
+    assert "it is of version 1, not 2" in opened()[1] and opened()[1] == ""
     for given in (tmp_path / "new/i.npz", tmp_path / "new/i.npz"):
         said = opened(archives.Index(given, given=True))[1]
     assert said == "" and opened(archives.Index(tmp_path / "x", keep=False))[1]
     assert not (tmp_path / "x").exists()
+    with pytest.raises(OSError):  # before any header is read
+        opened(archives.Index(path / "x.npz"))
+    assert "images in" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="--index .* has no effect: --data .* holds no tars"):
         sources.open_data(folder, HW, index=archives.Index(given, given=True))
     shutil.copytree(folder / "val", tmp_path / "one/val")  # one of the two in tars is enough
     classes_as_tars(folder / "train", tmp_path / "one/train")
     index = archives.Index(tmp_path / "one/i.npz", given=True)
     assert list(map(len, sources.open_data(tmp_path / "one", HW, index=index))) == [13, 5]
+
+
+def test_an_index_knows_the_folder_it_is_of(tmp_path, capsys):
+    """Other data that shares names of tars makes a run's own anew, and nothing is called missing;
+    an --index goes with a folder that has moved."""
+    photos(tmp_path / "folder")
+    for name in "abc":
+        pack(tmp_path / f"one/train/{name}.tar", [("1.png", tmp_path / "folder/val/a/01.jpg")])
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "two/train/b.tar").unlink()
+
+    def said(folder, given=False):
+        path = tmp_path / ("given.npz" if given else "index.npz")
+        sources.scan(str(tmp_path / folder), "train", archives.Index(path, given))
+        return capsys.readouterr().out
+    assert "headers of 3 tars" in said("one") and "headers of 3 tars" in said("one", True)
+    assert f"it is of {tmp_path / 'one'}; reading the headers of 2 tars" in said("two")
+    (tmp_path / "one").rename(tmp_path / "three")
+    assert said("three", True) == "" and "it is of" in said("three")
+
+
+def test_what_is_wrong_with_the_output_is_told_before_tars_are_read(tmp_path):
+    """A second job in a directory that is being written to leaves the first one's index alone;
+    evaluate.py's that cannot be written is told first, and an index's place likewise."""
+    photos(tmp_path / "folder")
+    pack(tmp_path / "data/train.tar", [("", tmp_path / "folder/train")])
+    lock, _ = resume.claim_output(tmp_path / "out")
+    argv = [*TRAIN_FLAGS, "--data", tmp_path / "data", "--output-dir", tmp_path / "out"]
+    output = run_command(train.main, *argv, "--global-batch-size", 4, code=2)
+    assert f"is being written by process {os.getpid()} " in output and "headers" not in output
+    assert not (tmp_path / "out/index.npz").exists()
+    lock.close()
+    with pytest.raises(ValueError, match="out/.lock/x cannot be written"):
+        evaluate.open_images(EvalConfig(
+            checkpoint="w", data=str(tmp_path / "no"), output_dir=str(tmp_path / "out/.lock/x")),
+            None, dict(classes=()))
 
 
 # ----------------------------------------------------------------------------- without val
@@ -683,6 +764,12 @@ def test_a_model_is_scored_on_what_its_training_held_out(tmp_path):
     assert f"validation {told}" in output and (
         f"{held} of its images, --val-share 0.3 (of its own, training held out 0.3)" in output)
     assert "on 100 images" in scored("--val-share", 1)
+    (place / seen.name(0)).unlink()  # not training's images: it is taken to have seen none
+    output = scored()
+    assert "it is other data, and all 99 images are scored" in output and "on 99 images" in output
+    assert f"on {held} images" in scored("--val-share", 0.3)
+    pack(tar, [("photos", place)])  # training's own, which has changed since
+    assert f"on {held} images" in scored("--data", tar)
 
 
 # ----------------------------------------------------------------------------- order
@@ -764,12 +851,6 @@ def test_layout_and_resume_do_not_change_batches_or_pixels():
 @pytest.mark.parametrize("world, batch", list(itertools.product((1, 2, 3, 4), (7, 64))))
 def test_evaluation_counts_each_image_once(world, batch):
     """All ranks have as many equal batches; every image is in one; the rest is padding. What
-    (place / seen.name(0)).unlink()  # not training's images: it is taken to have seen none
-    output = scored()
-    assert "it is other data, and all 99 images are scored" in output and "on 99 images" in output
-    assert f"on {held} images" in scored("--val-share", 0.3)
-    pack(tar, [("photos", place)])  # training's own, which has changed since
-    assert f"on {held} images" in scored("--data", tar)
     training alone needs, seed, augmentation and global batch, the config need not have."""
     config = SimpleNamespace(crop_ratio=0.875, num_workers=0, prefetch_factor=4, pin_memory=True,
                              decode="auto")
