@@ -27,7 +27,6 @@ from checkpoint import check_writable
 from configs import BenchmarkConfig
 from memory import memory_plan
 from meter import mark, seconds_between
-from parallel import on_rank_0
 from plan import check_layout, largest_micro_batch, plan_batch
 from recipes import parse_run
 from runtime import (
@@ -37,6 +36,7 @@ from runtime import (
     device_name,
     end_processes,
     memory_gib,
+    on_rank_0,
     run_program,
     start_processes,
     user_errors,

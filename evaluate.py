@@ -36,13 +36,14 @@ from archives import Index
 from checkpoint import check_writable, write_atomically
 from configs import EvalConfig
 from flags import parse
-from parallel import Grid, on_rank_0
+from parallel import Grid
 from plan import check_layout, largest_micro_batch
 from runtime import (
     Run,
     build_model,
     device_name,
     end_processes,
+    on_rank_0,
     run_program,
     start_processes,
     user_errors,

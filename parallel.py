@@ -23,8 +23,6 @@ dimension, t = tp size, N = size of the group that shares a bucket; `_local` and
 """
 
 import contextlib
-import itertools
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -34,7 +32,6 @@ import torch.distributed._functional_collectives  # noqa: F401 registers the ope
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import _get_default_store
 
 
 # ----------------------------------------------------------------------------- the process grid
@@ -76,37 +73,6 @@ def all_gather_object(value, axis: Axis) -> list:
     values = [None] * axis.size
     dist.all_gather_object(values, value, group=axis.group)
     return values
-
-
-CALLS = itertools.count()  # of on_rank_0, the same on all ranks
-
-
-def on_rank_0(grid: Grid, function: Callable):
-    """function() on rank 0, its result on all; a ValueError or OSError is raised on all.
-
-    The others ask the job's store until it is done, however long it takes: a collective would end
-    them after its timeout. The store lives as long as torchrun or rank 0, and ends them with it.
-    """
-    result, error = None, None
-    if grid.world.rank == 0:
-        try:
-            result = function()
-        except (ValueError, OSError) as e:
-            error = str(e)
-    if grid.world.size > 1:
-        store, done = _get_default_store(), f"on_rank_0/{next(CALLS)}"
-        if grid.world.rank == 0:
-            store.set(done, "")
-        pause = 0.01
-        while not store.check([done]):
-            time.sleep(pause)
-            pause = min(2 * pause, 1)
-        box = [(result, error)]
-        dist.broadcast_object_list(box, src=0)
-        result, error = box[0]
-    if error is not None:
-        raise ValueError(error)
-    return result
 
 
 # ----------------------------------------------------------------------------- the operators f, g

@@ -13,6 +13,7 @@ the loss is computed in fp32. bf16-O2 is NeMo's megatron_amp_O2.
 import contextlib
 import faulthandler
 import importlib
+import itertools
 import os
 import re
 import signal
@@ -20,12 +21,14 @@ import sys
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from augment import normalize, pair_rows
@@ -37,6 +40,7 @@ from watch import Watch
 
 # torch 2.14 has a public name for it
 _set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+CALLS = itertools.count()  # of on_rank_0, the same on all ranks
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, NVIDIA's datasheets
 
 
@@ -71,6 +75,34 @@ def start_processes(config: Compute) -> tuple[Grid, torch.device]:
     for axis in (grid.tp, grid.dp) if timeout else ():  # made with torch's default
         _set_timeout(timeout, axis.group)
     return grid, device
+
+
+def on_rank_0(grid: Grid, function: Callable):
+    """function() on rank 0, its result on all; a ValueError or OSError is raised on all.
+
+    The others ask the job's store until it is done, however long it takes: a collective would end
+    them after its timeout. The store lives as long as torchrun or rank 0, and ends them with it.
+    """
+    result, error = None, None
+    if grid.world.rank == 0:
+        try:
+            result = function()
+        except (ValueError, OSError) as e:
+            error = str(e)
+    if grid.world.size > 1:
+        store, done = _get_default_store(), f"on_rank_0/{next(CALLS)}"
+        if grid.world.rank == 0:
+            store.set(done, "")
+        pause = 0.01
+        while not store.check([done]):
+            time.sleep(pause)
+            pause = min(2 * pause, 1)
+        box = [(result, error)]
+        dist.broadcast_object_list(box, src=0)
+        result, error = box[0]
+    if error is not None:
+        raise ValueError(error)
+    return result
 
 
 def end_processes() -> None:

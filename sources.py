@@ -6,11 +6,8 @@ A source is what `data` reads; `classes` are its classes' names, and a label is 
     source.name(i)        what the log calls image i: its path
     source.load(i)        (upright 8-bit RGB image, label); raises what Pillow does
     source.read(i)        the bytes of its file, undecoded; labels[i] is its label (not of shapes)
-
-`python sources.py digits DIR` writes a small folder of real images to train on.
 """
 
-import argparse
 import contextlib
 import copy
 import hashlib
@@ -21,11 +18,11 @@ import re
 import warnings
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 
 import archives
-from archives import EXTENSIONS
-from configs import stable_seed
+from samples import Shapes
+from tars import EXTENSIONS, stem
 
 # Pillow refuses images above twice this many pixels (a "decompression bomb"): here above 2^28,
 # so that a 20,000 x 10,000 panorama loads (its own limit refuses that) and 1 GiB is the most.
@@ -126,7 +123,7 @@ class TarImages(ImageFolder):
     def name(self, index: int) -> str:
         """TAR/PATH."""
         file, path = str(self.files[self.tars[index]]), os.fsdecode(self.path(index))
-        return f"{file}/{path.removeprefix(archives.stem(file) + '/')}"
+        return f"{file}/{path.removeprefix(stem(file) + '/')}"
 
     def read(self, index: int) -> bytes:
         with open(os.path.join(self.root, self.files[self.tars[index]]), "rb", 0) as file:
@@ -155,7 +152,7 @@ def scan(data, split: str, index: archives.Index | None) -> ImageFolder:
     if source is None:
         return scan_folder(data, split)
     hint = "; or name the classes with --val-labels" if split == "val" else ""
-    if source.classes == [archives.stem(source.files[0])]:
+    if source.classes == [stem(source.files[0])]:
         raise ValueError(f"--data: the images in {source.files[0]} have no class: they are neither "
                          f"in CLASS/ nor beside a .cls or .json{hint}")
     untold = np.flatnonzero(source.labels < 0)
@@ -314,52 +311,6 @@ def _first(names, most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-SHAPES_TRAIN, SHAPES_VAL = 8_000, 1_000
-COLOURS = {"red": (205, 50, 50), "green": (50, 170, 65),
-           "blue": (55, 85, 205), "yellow": (205, 190, 50)}
-CORNERS = {n: 1j * np.exp(2j * np.pi * (np.arange(n) + 0.5) / n) for n in (3, 4, 32)}  # flat below
-OUTLINES = {"circle": CORNERS[32], "square": CORNERS[4], "triangle": CORNERS[3],
-            "star": np.exp(2j * np.pi * np.arange(10) / 10) * np.tile([-1j, -0.4j], 5)}
-OVERSAMPLING = 4  # outlines are drawn this much larger, then averaged: smooth edges
-
-
-class Shapes:
-    """Coloured shapes on dark grey, drawn on the fly: 16 classes, nothing to download.
-
-    Image `index` is a function of (split, index) alone, and its class is index % 16. Shapes are
-    large and upright and the ground is dark: a ViT must learn what a shift, a turn or a contrast
-    is, and this dataset is to be learnt in minutes.
-    """
-
-    def __init__(self, image_hw: tuple[int, int], split: str):
-        self.image_hw, self.split = image_hw, split
-        self.classes = [f"{colour} {shape}" for colour in COLOURS for shape in OUTLINES]
-
-    def __len__(self):
-        return SHAPES_TRAIN if self.split == "train" else SHAPES_VAL
-
-    def name(self, index: int) -> str:
-        return f"shapes/{self.split}/{index}"
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        (h, w), label = self.image_hw, index % len(self.classes)
-        colour, shape = self.classes[label].split()
-        rng = np.random.default_rng(stable_seed("shapes", self.split, index))
-        size, x, y, turn, shade, *tint = rng.random(8).tolist()
-        radius = min(h, w) * (0.36 + 0.1 * size)
-        centre = complex(w / 2 + (x - 0.5) * (w / 2 - radius), h / 2 + (y - 0.5) * (h / 2 - radius))
-        tilt = np.exp(0.35j * (turn - 0.5))  # up to 10 degrees
-        outline = OVERSAMPLING * (centre + radius * tilt * OUTLINES[shape])
-        mask = Image.new("L", (w * OVERSAMPLING, h * OVERSAMPLING))
-        ImageDraw.Draw(mask).polygon(outline.view(np.float64).tolist(), fill=255)
-        image = Image.new("RGB", (w, h), (int(20 + 60 * shade),) * 3)
-        paint = tuple(int(c + 50 * t - 25) for c, t in zip(COLOURS[colour], tint))
-        image.paste(paint, mask=mask.reduce(OVERSAMPLING))
-        noise = np.frombuffer(rng.bytes(h * w * 3), np.uint8).reshape(h, w, 3) >> 3  # 0..31
-        # every value is in 20..230, so that the noise of -16..15 cannot leave 0..255
-        return Image.fromarray(np.asarray(image) + noise - np.uint8(16)), label
-
-
 def open_data(data: str, image_hw: tuple[int, int], val_labels: str | None = None,
               val_share: float | None = None, index: archives.Index | None = None):
     """(train, val) sources of --data: 'shapes'; a folder with train/CLASS/* and val/CLASS/*, or
@@ -456,7 +407,7 @@ def _whole(data, index: archives.Index | None) -> ImageFolder:
     names = source.classes if not split else os.listdir(data) if os.path.isdir(data) else ()
     like = ("valid", "validation") + (() if split else ("train", "training", "val", "test",
                                                         "testing"))
-    odd = [name for name in names if archives.stem(name).lower() in like]
+    odd = [name for name in names if stem(name).lower() in like]
     if odd:
         raise ValueError(f"--data: {', '.join(sorted(odd))} in {data} would not be used as a split:"
                          f" name them train and val (a tar each: train.tar, val.tar)")
@@ -498,51 +449,3 @@ def check_same_classes(one: str, classes: list[str], other: str, others: list[st
                   for which, names in only.items() if names]
         raise ValueError(f"--data: {one} and {other} must have the same classes; "
                          f"{'; '.join(differ) or 'their order differs'}")
-
-
-# ----------------------------------------------------------------------------- the digits
-def write_digits(folder, size: int = 32) -> dict[str, int]:
-    """Writes scikit-learn's 1,797 handwritten digits, grey, size x size pixels, for --data folder:
-    FOLDER/train/DIGIT/*.png and, every fifth, FOLDER/val/DIGIT/*.jpg. Returns {split: images}.
-
-    Raises ValueError without scikit-learn, and for a folder that is in use or cannot be written.
-    """
-    if size < 1:
-        raise ValueError(f"--size {size} must be positive")
-    try:
-        from sklearn.datasets import load_digits  # an optional library, for this function alone
-    except ImportError as e:
-        raise ValueError("the digits come with scikit-learn: pip install scikit-learn") from e
-    digits, counts = load_digits(), {"train": 0, "val": 0}
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if os.listdir(folder):
-            raise ValueError(f"{folder} is not empty: give a new folder")
-        for i, (grey, digit) in enumerate(zip(digits.images, digits.target)):
-            split, ending = ("val", "jpg") if i % 5 == 4 else ("train", "png")
-            image = Image.fromarray((grey * 255 / 16).astype(np.uint8))  # 8 x 8 values of 0..16
-            image = image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB")
-            path = os.path.join(folder, split, str(digit), f"{i:05d}.{ending}")
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            image.save(path, quality=95)
-            counts[split] += 1
-    except OSError as e:
-        raise ValueError(f"{folder} cannot be written: {e}") from e
-    return counts
-
-
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(prog="sources.py", description="Writes images to train on.")
-    parser.add_argument("command", choices=["digits"], help="scikit-learn's handwritten digits")
-    parser.add_argument("folder", metavar="DIR", help="a new folder; then: train.py --data DIR")
-    parser.add_argument("--size", type=int, default=32, help="image side in pixels (default: 32)")
-    args = parser.parse_args(argv)
-    try:
-        counts = write_digits(args.folder, args.size)
-    except ValueError as e:
-        parser.error(str(e))
-    print(", ".join(f"{args.folder}/{split}: {n:,} images" for split, n in counts.items()))
-
-
-if __name__ == "__main__":
-    main()

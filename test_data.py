@@ -37,7 +37,9 @@ import archives
 import data
 import evaluate
 import resume
+import samples
 import sources
+import tars
 import train
 from augment import (
     JITTER,
@@ -64,7 +66,7 @@ CONFIG = TrainConfig(global_batch_size=12, num_workers=0, seed=5)
 
 def few_shapes(n=25, split="train", image_hw=HW):
     """The first shapes, so that an epoch is short."""
-    return Few(sources.Shapes(image_hw, split), n)
+    return Few(samples.Shapes(image_hw, split), n)
 
 
 def train_batches(source, world=1, rank=0, local=12, start_image=0, steps=5, **changes):
@@ -305,9 +307,9 @@ def test_flat_validation_images_take_their_classes_from_a_file(tmp_path):
 def test_shapes_are_deterministic_balanced_and_differ_by_split():
     """Image i is the same whenever it is drawn; the splits share no image."""
     train, val = sources.open_data("shapes", (32, 48))
-    assert (len(train), len(val), len(train.classes)) == (8000, sources.SHAPES_VAL, 16)
+    assert (len(train), len(val), len(train.classes)) == (8000, samples.SHAPES_VAL, 16)
     for i in (0, 17, 999):
-        (image, label), (again, _) = train.load(i), sources.Shapes((32, 48), "train").load(i)
+        (image, label), (again, _) = train.load(i), samples.Shapes((32, 48), "train").load(i)
         assert image.tobytes() == again.tobytes() and label == i % 16 and image.size == (48, 32)
         assert image.tobytes() != val.load(i)[0].tobytes()
 
@@ -576,7 +578,7 @@ def test_a_tar_is_walked_as_tarfile_does(tmp_path):
             theirs = [(os.fsencode(m.name).removeprefix(b"./"), m.offset_data, m.size) for m in tar
                       if m.isfile()]
         with open(path, "rb") as file:
-            ours = list(archives.walk(file.fileno(), "t", 0, path.stat().st_size))
+            ours = list(tars.walk(file.fileno(), "t", 0, path.stat().st_size))
         assert ours == theirs and len(ours) >= 3
         path.unlink()
 
@@ -871,7 +873,7 @@ def test_a_view_is_a_function_of_seed_epoch_and_index():
     """One image under all numbers: the same (seed, epoch, index) gives the same pixels, jitter and
     mixing, those that the generator of these three draws; any other gives others."""
     config = replace(CONFIG, mixup=0.8)
-    picture = sources.Shapes((64, 64), "train").load(3)[0]
+    picture = samples.Shapes((64, 64), "train").load(3)[0]
     same = SimpleNamespace(load=lambda index: (picture, 0))
     transform = train_transform(CONFIG, HW)
     views = {}
@@ -919,7 +921,7 @@ def test_the_trainers_random_state_is_untouched(workers):
 
 def test_views_draw_from_torch_alone():
     """NeMo's transforms give the same view whatever python's and numpy's generators hold."""
-    image = sources.Shapes((64, 48), "train").load(3)[0]
+    image = samples.Shapes((64, 48), "train").load(3)[0]
     transform = train_transform(CONFIG, HW)
     views = []
     for seed in range(8):
@@ -974,7 +976,7 @@ def test_augmentations_are_torchvisions(augmentation):
     """From the same generator state each list of transforms gives the bytes of torchvision's own,
     for 40 draws: at scale 0.3, bicubic, NeMo's grey of 128 where AutoAugment turns an image; and
     erased boxes, half of the time, hold the mean to a byte. A name without a view is refused."""
-    image = sources.Shapes((100, 120), "train").load(3)[0]
+    image = samples.Shapes((100, 120), "train").load(3)[0]
     config = replace(CONFIG, augmentation=augmentation, crop_scale=0.3, random_erasing=0.5,
                      rand_augment=(3, 20), mean=(0.1, 0.5, 0.9))
     ours = train_transform(config, (64, 96))
@@ -994,7 +996,7 @@ def test_augmentations_are_torchvisions(augmentation):
 def test_training_view_is_torchvisions_on_pillow():
     """Resizing bytes in torch is Pillow's resize: at most 1 of 255 apart in 99 % of the values (two
     roundings; more only at sharp edges, where the bytes between the two passes saturate)."""
-    image = sources.Shapes((300, 400), "train").load(3)[0]
+    image = samples.Shapes((300, 400), "train").load(3)[0]
     ours = train_transform(replace(CONFIG, augmentation="crop-flip"), (64, 96))
     theirs = v2.Compose([
         v2.RandomResizedCrop((64, 96), interpolation=v2.InterpolationMode.BICUBIC),
@@ -1121,10 +1123,10 @@ def test_workers_outlive_the_jobs_sigterm_but_not_their_trainer():
     program = textwrap.dedent("""
         import os, signal, sys, time
         sys.path.insert(0, %r)
-        import data, sources
+        import data, samples
         from configs import TrainConfig
         config = TrainConfig(global_batch_size=4, num_workers=2, seed=0, augmentation="none")
-        source = sources.Shapes((32, 32), "train")
+        source = samples.Shapes((32, 32), "train")
         batches = iter(data.train_loader(source, config, (32, 32), 4, 0, 1, 0, 100, "cpu"))
         next(batches), next(batches)  # one of each worker: both have begun
         for number in (signal.SIGTERM, signal.SIGINT):  # only now: workers inherit none of it
@@ -1157,7 +1159,7 @@ def test_digits_are_written_as_a_folder_to_train_on(tmp_path, capsys):
     Pillow's bicubic resize of 8 x 8 values of 0 to 16; a folder in use is left alone."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     folder = tmp_path / "new" / "digits"
-    sources.main(["digits", str(folder), "--size", "24"])
+    samples.main(["digits", str(folder), "--size", "24"])
     assert re.search("train: 1,438 images.*val: 359 images", capsys.readouterr().out)
     train, val = sources.open_data(str(folder), HW)
     assert (len(train), len(val)) == (1438, 359) and train.classes == list("0123456789")
@@ -1175,9 +1177,9 @@ def test_digits_are_written_as_a_folder_to_train_on(tmp_path, capsys):
                           (["digits", str(folder / "train/0/00000.png")], "cannot be written"),
                           (["digits", str(tmp_path / "x"), "--size", "0"], "--size 0")):
         with pytest.raises(SystemExit):
-            sources.main(argv)
+            samples.main(argv)
         errors = capsys.readouterr().err
-        assert errors.count("sources.py: error:") == 1 and message in errors
+        assert errors.count("samples.py: error:") == 1 and message in errors
     assert sorted(folder.rglob("*")) == before and not (tmp_path / "x").exists()
 
 
@@ -1185,5 +1187,5 @@ def test_digits_say_which_library_they_need(tmp_path, monkeypatch, capsys):
     """scikit-learn is no requirement: without it there is one clear error and no folder."""
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(SystemExit):
-        sources.main(["digits", str(tmp_path / "x")])
+        samples.main(["digits", str(tmp_path / "x")])
     assert "pip install scikit-learn" in capsys.readouterr().err and not (tmp_path / "x").exists()

@@ -23,6 +23,7 @@ from PIL import Image, ImageFilter
 import data
 import device_views
 import nvjpeg
+import samples
 import sources
 import train
 from augment import View, train_transform
@@ -42,7 +43,7 @@ def photo(index, size):
     rng = np.random.default_rng(index)
     ground = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     image = np.asarray(ground.resize(size, Image.Resampling.BICUBIC), int)
-    shape = np.asarray(sources.Shapes((64, 64), "train").load(index)[0].resize(size), int)
+    shape = np.asarray(samples.Shapes((64, 64), "train").load(index)[0].resize(size), int)
     return Image.fromarray((image // 2 + shape // 2 + rng.integers(0, 4, image.shape)).astype("u1"))
 
 
@@ -390,7 +391,7 @@ def test_decode_says_who_decodes_or_why_it_cannot(folder, monkeypatch):
     means the workers, and says why, as it does where cores are enough; cpu is not tried."""
     def choose(decode, source):
         return device_views.choose(replace(CONFIG, decode=decode), source, CPU)
-    source, shapes = sources.scan_folder(folder, "train"), sources.Shapes(HW, "train")
+    source, shapes = sources.scan_folder(folder, "train"), samples.Shapes(HW, "train")
     with pytest.raises(ValueError, match="--decode gpu is impossible: no CUDA device; legal here"):
         choose("gpu", source)
     assert choose("auto", source) == (False, "decode auto: cpu (no CUDA device)")
@@ -431,7 +432,7 @@ def test_training_learns_the_same_from_either(tmp_path):
     """15 steps on JPEGs of the shapes, cropped, flipped and mixed: the loss of each step and the
     evaluation's differ by less than 0.1 % (views differ in a few values, by one or two steps of
     255; 0.002 % seen, while other views, of another seed, change losses by 2 %), but they do."""
-    shapes = sources.Shapes((48, 48), "train")
+    shapes = samples.Shapes((48, 48), "train")
     for i in range(96):
         path = tmp_path / ("val" if i >= 64 else "train") / f"{i % 16:02d}" / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,9 +30,9 @@ import torch.distributed as dist
 
 from checkpoint import complete_checkpoints
 from configs import TrainConfig
-from parallel import ShardedOptimizer, on_rank_0
-from runtime import run_program, start_processes
-from sources import Shapes
+from parallel import ShardedOptimizer
+from runtime import on_rank_0, run_program, start_processes
+from samples import Shapes
 from testing import TRAIN_FLAGS, grid_of, run_ranks, start_ranks, train_main
 from watch import Watch
 

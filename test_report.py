@@ -17,6 +17,7 @@ import evaluate
 import figures
 import model
 import report
+import samples
 import sources
 from configs import ReportConfig, TrainConfig
 from evaluate import Predictions
@@ -71,7 +72,7 @@ def test_images_are_shown_as_the_model_sees_them(tmp_path, monkeypatch):
     monkeypatch.setattr(device_views, "engine", lambda device: None)
     (tmp_path / "a").mkdir()
     for i in range(2):
-        sources.Shapes((50, 40), "val").load(i)[0].save(tmp_path / f"a/{i}.jpg", quality=95)
+        samples.Shapes((50, 40), "val").load(i)[0].save(tmp_path / f"a/{i}.jpg", quality=95)
     images, vit = sources.scan_folder(tmp_path, ""), SimpleNamespace(image_hw=(16, 24))
     for decode in ("cpu", "gpu"):
         config = TrainConfig(num_workers=0, decode=decode)

@@ -20,8 +20,8 @@ import torch
 import checkpoint
 import data
 import resume
+import samples
 import saver as saving
-import sources
 import train
 from checkpoint import complete_checkpoints, load_checkpoint, read_meta
 from configs import TrainConfig, to_plain
@@ -358,7 +358,7 @@ def _runs(folder, *runs):
     what it printed, the error it ended with, and the names of the checkpoints after it."""
     found, begin, backward = [], Saver.begin, ShardedOptimizer.backward
     for special, flags in runs:
-        train_set, val_set = (Source(sources.Shapes((16, 16), split), n)
+        train_set, val_set = (Source(samples.Shapes((16, 16), split), n)
                               for split, n in (("train", 320), ("val", 80)))
         train_set.bad, val_set.killer = special.get("bad"), special.get("kill_in_evaluation")
         printed, begun, losses_seen, error = [], [], [], None

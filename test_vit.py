@@ -45,6 +45,7 @@ import model as model_module
 import parallel
 import recipes
 import resume
+import samples
 import sources
 import train
 import weights as weights_module
@@ -121,7 +122,8 @@ class Operations(TorchDispatchMode):
 # What each file may import of the others, from the first page of the book to the last.
 MAY_IMPORT = {
     "flags": "", "configs": "flags", "recipes": "flags configs", "parallel": "configs",
-    "archives": "", "sources": "configs archives", "model": "configs parallel",
+    "samples": "configs", "tars": "", "archives": "tars", "sources": "samples tars archives",
+    "model": "configs parallel",
     "augment": "configs", "pixels": "augment", "nvjpeg": "",
     "resample": "", "device_views": "sources augment pixels nvjpeg resample",
     "data": "configs augment device_views",
@@ -175,7 +177,7 @@ def _train_elsewhere(folder, argv):
         sys.modules.pop(file.stem, None)
     import train as theirs
     assert Path(theirs.__file__).parent == Path(folder)
-    theirs.main(argv, (sources.Shapes((16, 16), "train"), Few(sources.Shapes((16, 16), "val"), 80)))
+    theirs.main(argv, (samples.Shapes((16, 16), "train"), Few(samples.Shapes((16, 16), "val"), 80)))
 
 
 def test_without_kernels_and_peer_a_run_is_as_correct(tmp_path):
@@ -1533,7 +1535,7 @@ def test_too_little_room_is_an_error_before_the_first_step(tmp_path):
 
 # ----------------------------------------------------------------------------- train.py: one run
 # Losses of 20 steps of TRAIN_FLAGS, fp32, dropout 0, from one process (torch 2.15, x86 CPU). On the
-# digits: `python sources.py digits DIR --size 16`, which needs scikit-learn, no requirement.
+# digits: `python samples.py digits DIR --size 16`, which needs scikit-learn, no requirement.
 GOLDEN = {
     "shapes": [
         2.769664, 2.758901, 2.787359, 2.744415, 2.774251, 2.738333, 2.707668, 2.689075,
@@ -1556,7 +1558,7 @@ def test_losses_of_20_steps_are_the_golden_ones_in_every_layout(source, tmp_path
     if source == "digits":
         pytest.importorskip("sklearn")
         images = tmp_path / "digits"
-        sources.write_digits(images, 16)
+        samples.write_digits(images, 16)
         for i, path in enumerate(sorted(images.glob("val/*/*"))):
             if i % 8:  # evaluation has its own test
                 path.unlink()
@@ -2103,7 +2105,7 @@ class Sample(Few):
     """A few drawn images, of which some take their time and some cannot be read."""
 
     def __init__(self, split, n, seconds=0.0, bad=()):
-        super().__init__(sources.Shapes((16, 16), split), n)
+        super().__init__(samples.Shapes((16, 16), split), n)
         self.seconds, self.bad, self.loads = seconds, bad, []
 
     def load(self, index):
@@ -2241,7 +2243,7 @@ def test_fine_tuning_starts_from_the_weights_and_resumes_without_them(tmp_path):
     resized. Without --init-from the recipe is refused; resumed, it goes on from its own checkpoint
     although the source is gone."""
     for split, i in itertools.product(("train", "val"), range(40)):
-        image, _ = sources.Shapes((16, 16), "val").load(i)
+        image, _ = samples.Shapes((16, 16), "val").load(i)
         image.save(paint(tmp_path / "data" / split / ("left", "right")[i % 2] / f"{i}.png"))
     run_training(tmp_path / "a", "--max-steps", 2)
     flags = ["--recipe", "finetune", "--model", "demo", "--data", tmp_path / "data", "--lr", 0,

@@ -26,7 +26,7 @@ from PIL import Image
 import evaluate
 import formats
 import nemo_file
-import sources
+import samples
 import weights
 from configs import MODELS, ConvertConfig, EvalConfig, TrainConfig, ViTConfig
 from export import write_program
@@ -1025,7 +1025,7 @@ def test_the_commands_usage_names_what_it_needs(capsys):
 # ----------------------------------------------------------------------------- use it: evaluate.py
 def draw_folder(folder, count, names=None, size=16):
     """Shapes as files: folder/CLASS/NUMBER.png, or with `names` of fewer classes."""
-    shapes = sources.Shapes((size, size), "val")
+    shapes = samples.Shapes((size, size), "val")
     for i in range(count):
         image, label = shapes.load(i)
         path = Path(folder) / (names[label % len(names)] if names else shapes.classes[label])

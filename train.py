@@ -34,7 +34,7 @@ from configs import TrainConfig, ViTConfig, stable_seed, to_plain
 from evaluate import score
 from memory import checkpoint_bytes
 from meter import Meter
-from parallel import Grid, on_rank_0
+from parallel import Grid
 from plan import dry_run, plan_batch, run_length
 from recipes import FINE_TUNING, RECIPES, parse_run
 from runtime import (
@@ -45,6 +45,7 @@ from runtime import (
     end_processes,
     host_memory_room,
     memory_gib,
+    on_rank_0,
     run_program,
     start_processes,
     user_errors,
