@@ -1550,8 +1550,8 @@ GOLDEN = {
 
 @pytest.mark.parametrize("source", GOLDEN)
 def test_losses_of_20_steps_are_the_golden_ones_in_every_layout(source, tmp_path):
-    """(tp, dp) in (1,1) (1,2) (1,4) (2,1) (2,2) (4,1), accumulation 1 and 4 (with tp 2, and one of
-    the two on four ranks and of the digits: gloo takes ten milliseconds a collective), through
+    """(tp, dp) in (1,1) (1,2) (1,4) (2,1) (2,2) (4,1), accumulation 1 and 4 (with tp 2; one of
+    the two with dp above 1, on four ranks and of the digits: collectives of gloo are slow), through
     train.py from the images on: within 1e-5 relative of one committed list. Sums in another order
     differ by 1e-7 a step; 20 Adam steps let that grow by some tens."""
     images = "shapes"
@@ -1564,7 +1564,7 @@ def test_losses_of_20_steps_are_the_golden_ones_in_every_layout(source, tmp_path
                 path.unlink()
     for i, (tp, dp) in enumerate(LAYOUTS):
         accumulations = (1, 4 if tp == 1 else 2)
-        both = source == "shapes" and tp * dp < 4
+        both = source == "shapes" and tp * dp < 4 and dp == 1
         for accumulation in accumulations if both else accumulations[i % 2:][:1]:
             output = tmp_path / f"{tp}_{dp}_{accumulation}"
             lines, _, _ = run_training(
@@ -2148,13 +2148,13 @@ class Slow(Sample):
 def _timed_training(argv):
     """train.main with slow images and saves: the time from the first image to the end, and how
     many images were loaded."""
-    images = Slow("train", 1000, 0.002), Sample("val", 40, 0.015)
+    images = Slow("train", 1000, 0.002), Sample("val", 20, 0.015)
     train.main(argv, images)
     return time.perf_counter() - images[0].loads[0], [len(source.loads) for source in images]
 
 
 def test_no_rate_or_share_is_impossible(tmp_path):
-    """12 steps of 32 images that take 2 ms each, with 4 evaluations of 0.6 s and 6 saves of 0.3 s
+    """12 steps of 32 images that take 2 ms each, with 4 evaluations of 0.3 s and 6 saves of 0.3 s
     between them. In every line the wait for images is a share, and the time of its step at least
     that of its images; all steps together take no longer than the run without the rest of it, and
     those behind an evaluation or a save do not contain it (of some, the fastest: machines halt)."""
@@ -2162,14 +2162,14 @@ def test_no_rate_or_share_is_impossible(tmp_path):
             "--micro-batch-size", "8", "--output-dir", str(tmp_path)]
     (results,), _, outputs = run_ranks(1, _timed_training, argv)
     wall, (trained, scored) = results
-    assert (trained, scored) == (12 * 32, 4 * 40)
+    assert (trained, scored) == (12 * 32, 4 * 20)
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 13))
     seconds = [32 / line["images_per_second"] for line in lines]
     assert all(0 < line["data_wait"] <= 1 for line in lines)
-    assert min(seconds) > 32 * 0.002 and sum(seconds) < wall - 4 * 0.6 - 6 * 0.3 + 32 * 0.002
-    assert min(seconds[3], seconds[9]) < 0.6 and min(seconds[i] for i in (2, 4, 8, 10)) < 0.3
+    assert min(seconds) > 32 * 0.002 and sum(seconds) < wall - 4 * 0.3 - 6 * 0.3 + 32 * 0.002
+    assert min(seconds[3], seconds[9]) < 0.3 and min(seconds[i] for i in (2, 4, 8, 10)) < 0.3
     waited = [s * line["data_wait"] for s, line in zip(seconds, lines)]
     assert min(waited) > 32 * 0.002  # with no workers all of it is waiting
     last = float(re.search(r"done: .* ([\d.,]+) images/s", outputs[0])[1].replace(",", ""))
