@@ -13,6 +13,7 @@ Vision Transformers" (arXiv:2106.04560), Ti and S of DeiT (arXiv:2012.12877).
 
 import dataclasses
 import hashlib
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,6 +34,7 @@ from flags import (
 Size = int | tuple[int, int]  # of a square's side, or (height, width), in pixels
 Colour = tuple[float, float, float]
 Gelu = Literal["none", "tanh", "quick"]
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ----------------------------------------------------------------------------- the model's shape
@@ -215,7 +217,7 @@ class Compute(Checked):
 class Loader(Checked):
     """How images are loaded."""
 
-    num_workers: int = flag(8, "processes per rank that load images", NOT_NEGATIVE)
+    num_workers: int = flag(min(8, CORES), "processes per rank that load images", NOT_NEGATIVE)
     prefetch_factor: int = flag(4, "micro-batches that each worker holds ready", POSITIVE)
     pin_memory: bool = flag(True, "page-locked host batches (on CUDA)")
     decode: Literal["auto", "cpu", "gpu"] = flag(

@@ -22,7 +22,6 @@ import functools
 import io
 import itertools
 import math
-import os
 import queue
 import threading
 import time
@@ -38,6 +37,7 @@ from torch.utils.data import default_collate
 
 import nvjpeg
 from augment import View
+from configs import CORES
 from pixels import augment, resize, window
 from sources import decode
 
@@ -63,7 +63,7 @@ def choose(config, source, device: torch.device) -> tuple[bool, str]:
     why_not = engine(device) if hasattr(source, "read") else "these images have no files"
     if config.decode == "gpu" and why_not:
         raise ValueError(f"--decode gpu is impossible: {why_not}; legal here: auto, cpu")
-    cores = len(os.sched_getaffinity(0)) // max(torch.cuda.device_count(), 1)
+    cores = CORES // max(torch.cuda.device_count(), 1)
     if config.decode == "auto" and not why_not and cores >= ENOUGH_CORES:
         why_not = f"{cores} cores for each GPU; below {ENOUGH_CORES} the GPU is faster"
     return not why_not, f"decode {config.decode}: " + (

@@ -9,12 +9,15 @@ a source is said above the recipe. parse_run puts defaults, recipe and flags tog
 import os
 from dataclasses import fields, replace
 
+import torch
+
 from configs import MODELS, TrainConfig, ViTConfig
 from flags import check_only, flag_name, read_flags, unknown
 
 PLAIN = dict(num_class_tokens=1, head="linear", hidden_dropout=0.0)  # the model as timm has it
-SMALL = PLAIN | dict(precision="bf16", global_batch_size=64, weight_decay=0.05, label_smoothing=0.1,
-                     augmentation="randaugment", eval_interval=500)
+SMALL = PLAIN | dict(  # a CPU is slower in bf16
+    precision="bf16" if torch.cuda.is_available() else "fp32", global_batch_size=64,
+    weight_decay=0.05, label_smoothing=0.1, augmentation="randaugment", eval_interval=500)
 RECIPES = {
     # Built-in images, a model of 0.5 M parameters, minutes on two CPU cores.
     "demo": dict(

@@ -174,13 +174,17 @@ def check_same_model(directory: Path, vit: dict, config: dict, classes: list[str
             "drop_path_mode", "drop_patch_rate")
     saved = to_plain(ViTConfig()) | meta["vit"]  # a field that came later: its default
     pairs = [(key, saved[key], value) for key, value in vit.items() if key not in free]
-    pairs += [(key, meta["config"].get(key), config.get(key))
-              for key in ("mean", "std", "val_share")]
+    pairs += [(key, meta["config"].get(key), config.get(key)) for key in ("mean", "std")]
     differ = [f"{key} {old} (this run: {new})" for key, old, new in pairs if old != new]
     if differ:
         raise ValueError(f"{directory} is a checkpoint of another model: {', '.join(differ)}; give "
                          f"its flags, another --output-dir, or --resume none")
     frozen, data = meta["config"].get("freeze", "none"), config["data"]
+    held, holds = meta["config"].get("val_share"), config.get("val_share")
+    if held != holds:  # None: there is a val
+        raise ValueError(f"{directory} held out val_share {held} (this run: {holds}) of its "
+                         f"images: give the same --data and --val-share, another --output-dir, or "
+                         f"--resume none")
     if frozen != config["freeze"]:
         raise ValueError(f"{directory} is of a run with --freeze {frozen} (this run: "
                          f"{config['freeze']}); start from it with --init-from in another "

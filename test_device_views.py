@@ -397,9 +397,9 @@ def test_decode_says_who_decodes_or_why_it_cannot(folder, monkeypatch):
     assert choose("auto", source) == (False, "decode auto: cpu (no CUDA device)")
     assert choose("cpu", source) == (False, "decode cpu")
     monkeypatch.setattr(device_views, "engine", lambda device: None)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(11))
+    monkeypatch.setattr(device_views, "CORES", 11)
     assert all(choose(decode, source)[0] for decode in ("auto", "gpu"))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(12))
+    monkeypatch.setattr(device_views, "CORES", 12)
     assert choose("gpu", source)[0] and not choose("auto", source)[0]
     assert "cpu (12 cores for each GPU" in choose("auto", source)[1]
     with pytest.raises(ValueError, match="these images have no files"):
