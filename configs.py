@@ -199,8 +199,9 @@ class Compute(Checked):
         "GPUs of a tp group; not with fp8)")
     deterministic: bool = flag(False, "bit-reproducible kernels, slower")
     collective_timeout: float | None = flag(
-        None, "seconds that a rank waits for the others until the job ends; after a tenth of it "
-        "the log says where each rank is (default: torch's, NCCL 600, gloo 1800)", POSITIVE)
+        None, "seconds, more than a step has, that a rank waits for others until the job ends; "
+        "after a tenth the log says where each is (default: torch's, NCCL 600, gloo 1800)",
+        POSITIVE)
 
     @property
     def o2(self) -> bool:

@@ -237,9 +237,9 @@ def contact_sheet(images: list[tuple[Image.Image, str, str]]) -> Image.Image:
 # ----------------------------------------------------------------------------- the command
 def main(argv: list[str] | None = None) -> None:
     with user_errors("evaluate.py"):
-        config, given = parse(EvalConfig, argv)
+        config, _ = parse(EvalConfig, argv)
         grid, device = start_processes(config)
-        run, model, images, loader, names = open_model(config, given, grid, device)
+        run, model, images, loader, names = open_model(config, grid, device)
         real = config.real_labels and sources.read_real_labels(config.real_labels, images)
     table = predict(run, model, run.log.progress(loader), len(images))
     if table is None:
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     end_processes()
 
 
-def open_model(config: EvalConfig, given: dict, grid: Grid, device: torch.device) -> tuple:
+def open_model(config: EvalConfig, grid: Grid, device: torch.device) -> tuple:
     """(run, model, images, their loader, the names of its classes) of --checkpoint and --data or
     --predict. Raises ValueError for what cannot be used."""
     import weights
@@ -267,9 +267,6 @@ def open_model(config: EvalConfig, given: dict, grid: Grid, device: torch.device
             "std", "crop_ratio", "precision", "val_share")
     vit, facts = weights.whole_model(source, config.checkpoint,
                                      **{name: getattr(config, name) for name in told})
-    if "num_workers" not in given:  # one to a core, else torch warns
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        config = dataclasses.replace(config, num_workers=min(config.num_workers, max(cores, 1)))
     config = dataclasses.replace(config, **{name: facts[name] for name in (
         "mean", "std", "crop_ratio", "precision")})
     check_layout(config, vit, grid.world.size, device.type)

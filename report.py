@@ -69,7 +69,7 @@ def open_run(output: str, config: ReportConfig, given: dict) -> Opened:
                                   for name in ("data", "val_labels", "index")}
     told = {**given, **own, "checkpoint": output, "output_dir": config.output[0]}
     del told["output"]
-    opened = open_model(EvalConfig(**told, compile=False), given, Grid(),  # compiled: no hooks
+    opened = open_model(EvalConfig(**told, compile=False), Grid(),  # compiled: no hooks
                         torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return Opened(os.path.normpath(output), meta, lines, *opened)
 
