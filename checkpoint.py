@@ -63,10 +63,6 @@ def write_atomically(path: Path, write: Callable) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def replace_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda f: f.write(text.encode()))
-
-
 def crc(tensor: torch.Tensor) -> int:
     return zlib.crc32(tensor.contiguous().numpy())
 
@@ -92,7 +88,20 @@ def incomplete_reason(directory: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != files[name]:
             return f"{name} has {path.stat().st_size} bytes, should have {files[name]}"
+    if meta.get("checksum") not in (None, _checksum(meta)):  # None: of before there was one
+        return "meta.json is damaged: its checksum is not the one that was saved"
     return None
+
+
+def write_meta(directory: Path, meta: dict) -> None:
+    """meta.json, whole or not at all, with a checksum of what it says."""
+    text = json.dumps({**meta, "checksum": _checksum(meta)}, indent=1)
+    write_atomically(directory / "meta.json", lambda f: f.write(text.encode()))
+
+
+def _checksum(meta: dict) -> int:
+    told = json.loads(json.dumps({k: v for k, v in meta.items() if k != "checksum"}))
+    return zlib.crc32(json.dumps(told, sort_keys=True).encode())
 
 
 def newest_checkpoint(path: Path) -> Path:

@@ -11,7 +11,6 @@ there. `checkpoint` has what is in one, and reads it.
 """
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -29,7 +28,7 @@ from checkpoint import (
     crc,
     fsync_directory,
     read_meta,
-    replace_text,
+    write_meta,
     write_synced,
 )
 from parallel import ShardedOptimizer, all_gather_object, full_shape
@@ -197,7 +196,7 @@ class Saver:
                 "crc32": {n: crcs for _, _, part in reports for n, crcs in part.items()}}
         replaced = self.root / f".{final.name}.old"
         try:
-            replace_text(self.temporary / "meta.json", json.dumps(meta, indent=1))
+            write_meta(self.temporary, meta)
             shutil.rmtree(replaced, ignore_errors=True)
             if final.exists():  # moved aside, not deleted: a crash here must not lose it
                 os.rename(final, replaced)
@@ -245,7 +244,7 @@ class Saver:
         if result and path and path.parent == self.root and self.grid.world.rank == 0:
             try:
                 meta = {**read_meta(path), "result": result}
-                replace_text(path / "meta.json", json.dumps(meta, indent=1))
+                write_meta(path, meta)
                 self._prune(path)
             except (OSError, ValueError) as e:
                 error = f"its evaluation could not be noted: {e}"

@@ -241,6 +241,22 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_goes_on(optimizer, tmp
     assert checkpoint.load_newest([two, one], optimizer)[0] == one
 
 
+def test_a_flipped_bit_of_the_facts_is_found_too(optimizer, tmp_path):
+    """Each bit of meta.json, one at a time: of what it says none changes without a checkpoint that
+    is no complete one any more, so that an earlier one goes on."""
+    file = save_checkpoint(tmp_path, 1, optimizer, dict(note="x", score=0.25)) / "meta.json"
+    content, told, kept = file.read_bytes(), read_meta(file.parent), 0
+    for at in range(0, 8 * len(content), 13):
+        changed = bytearray(content)
+        changed[at // 8] ^= 1 << at % 8
+        file.write_bytes(changed)
+        if checkpoint.incomplete_reason(file.parent) is None:  # a space, or the checksum's name
+            meta, kept = json.loads(changed), kept + 1
+            assert {key: meta[key] for key in told if key != "checksum"} == {
+                key: told[key] for key in told if key != "checksum"}
+    assert kept < len(content) / 50
+
+
 @pytest.mark.parametrize("key", ["files", "where"])
 def test_a_checkpoint_names_no_file_outside(key, optimizer, tmp_path):
     """meta.json with a path in place of a file's name is refused, though that file is there."""
