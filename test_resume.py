@@ -397,8 +397,8 @@ def _runs(folder, *runs):
             del common[at:at + 2]
         argv = [*common, "--output-dir", f"{folder}/out", *map(str, flags)]
         if special.get("forget"):  # as a checkpoint whose evaluation a signal cut off
-            path = complete_checkpoints(Path(folder) / "out" / "checkpoints")[-1] / "meta.json"
-            path.write_text(json.dumps({**json.loads(path.read_text()), "result": None}))
+            path = complete_checkpoints(Path(folder) / "out" / "checkpoints")[-1]
+            checkpoint.write_meta(path, {**read_meta(path), "result": None})
         try:
             train.main(argv, (train_set, val_set))
         except RuntimeError as e:
