@@ -11,7 +11,6 @@ conf/training/vit/*.yaml); B, L, H are of the ViT paper (arXiv:2010.11929), g an
 Vision Transformers" (arXiv:2106.04560), Ti and S of DeiT (arXiv:2012.12877).
 """
 
-import dataclasses
 import hashlib
 import os
 from dataclasses import dataclass, field
@@ -343,6 +342,11 @@ class TrainConfig(Step, Loader):
     val_share: float | None = flag(
         None, "share of the images that validate where DATA has no val, chosen by a hash of their "
         "paths (default: 0.1)", SHARE, data=FOLDER)
+    classes_fraction: float = flag(1.0, "share of the classes, the first ones, in validation too",
+                                   SHARE, data=FOLDER)
+    data_per_class_fraction: float = flag(
+        1.0, "share of each class's training images, chosen by a hash of their paths", SHARE,
+        data=FOLDER)
     index: str | None = flag(
         None, "file with the index of DATA's tars, made where there is none (default: "
         "OUTPUT_DIR/index.npz)", data=FOLDER)
@@ -460,9 +464,3 @@ def stable_seed(*parts) -> int:
     """A 63-bit seed from any ints and strings, the same on every machine and Python."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def to_plain(config) -> dict:
-    """A dataclass as a dict of plain types, for checkpoints and logs."""
-    return {k: list(v) if isinstance(v, tuple) else v
-            for k, v in dataclasses.asdict(config).items()}

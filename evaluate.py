@@ -291,6 +291,8 @@ def open_model(config: EvalConfig, grid: Grid, device: torch.device) -> tuple:
     elif share:
         run.log.print(f"{config.data} has no val: {len(images):,} of its images, --val-share "
                       f"{share} (of its own, training held out {trained}); all: --val-share 1")
+    if getattr(images, "told", None):
+        run.log.print(images.told)
     run.log.print(f"images {' x '.join(map(str, vit.image_hw))} px, crop ratio {config.crop_ratio},"
                   f" mean {config.mean}, std {config.std}")
     run.log.print(f"batch {micro} x dp {grid.dp.size}; tp {tp}, {grid.world.size} x "
@@ -306,15 +308,17 @@ def open_images(config: EvalConfig, vit, facts: dict):
     check_writable(Path(config.output_dir))
     if config.predict:
         return sources.scan_flat(config.predict, "")
+    of_classes, of_images = (facts.get(name, 1) for name in (
+        "classes_fraction", "data_per_class_fraction"))
     # Of training's own folder, which may have grown, or of as many images elsewhere, a part is new.
-    own = config.val_share or os.path.realpath(config.data) == os.path.realpath(
-        facts.get("data") or "")
+    own = config.val_share or min(of_classes, of_images) < 1 or os.path.realpath(
+        config.data) == os.path.realpath(facts.get("data") or "")
     if config.data != "shapes":
         sources.check_share(config.data, config.val_share)
     images = sources.open_val(config.data, vit.image_hw, config.val_labels,
                               list(classes) or list(map(str, range(vit.num_classes))),
                               facts.get("val_share"), Index.of_run(config),
-                              None if own else facts.get("images"))
+                              None if own else facts.get("images"), part=of_classes < 1)
     if classes:
         sources.check_same_classes(f"the model of {config.checkpoint}", list(classes),
                                    config.data, images.classes)

@@ -96,6 +96,12 @@ def check_only(config, given: dict) -> None:
                                  f"{flag_name(other)}{legal[0]}")
 
 
+def to_plain(config) -> dict:
+    """A dataclass of flags as a dict of plain types, for checkpoints and logs."""
+    return {k: list(v) if isinstance(v, tuple) else v
+            for k, v in dataclasses.asdict(config).items()}
+
+
 def read_flags(classes, argv: list[str] | None = None) -> dict:
     """The fields of these dataclasses that a command line gives (default: sys.argv). The first
     one's docstring begins with the program's name. argparse exits with code 2 for types and for

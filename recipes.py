@@ -103,7 +103,8 @@ def default_recipe(given: dict) -> str:
     """The recipe of a training run without --recipe.
 
         demo              the demo's data and model
-        small             a folder with fewer than SMALL_FOLDER files in train/, or in itself
+        small             a folder with fewer than SMALL_FOLDER files in train/, or in itself, after
+                          --classes-fraction and --data-per-class-fraction
         small-finetune    the same with --init-from
         pretrain          all else
 
@@ -116,9 +117,9 @@ def default_recipe(given: dict) -> str:
     files = [data] if os.path.isfile(data) else (
         os.path.join(parent, name) for parent, _, names in os.walk(
             folder if os.path.isdir(folder) else data, followlinks=True) for name in names)
-    images = 0
+    images, share = 0, given.get("classes_fraction", 1) * given.get("data_per_class_fraction", 1)
     for file in files:
-        images += os.path.getsize(file) // 40_000 + 1 if file.endswith(".tar") else 1
+        images += share * (os.path.getsize(file) // 40_000 + 1 if file.endswith(".tar") else 1)
         if images >= SMALL_FOLDER:
             break
     if not 0 < images < SMALL_FOLDER:

@@ -33,10 +33,10 @@ from PIL import Image
 
 from augment import eval_transform
 from checkpoint import newest_checkpoint, read_meta, write_atomically
-from configs import EvalConfig, ReportConfig, TrainConfig, ViTConfig, to_plain
+from configs import EvalConfig, ReportConfig, TrainConfig, ViTConfig
 from evaluate import Predictions, class_scores, confusions, open_model, predict, sample, tell
 from figures import chart, figure, img, mosaic, viridis
-from flags import parse
+from flags import parse, to_plain
 from model import LastBlock
 from parallel import Grid
 from runtime import Run, run_program, user_errors

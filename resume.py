@@ -23,7 +23,8 @@ from checkpoint import (
     read_meta,
     write_synced,
 )
-from configs import ViTConfig, to_plain
+from configs import ViTConfig
+from flags import to_plain
 
 try:
     import fcntl

@@ -67,9 +67,10 @@ class ImageFolder:
 
     Three arrays, because reading a Python list of paths in forked workers touches the reference
     count of each string and so copies the whole list, page by page, into every worker.
-    `share`, where `hold_out` made it: what part of the images is held out.
+    `share`, where `hold_out` made it: what part of the images is held out; `told`, of a part: what
+    the log says of it.
     """
-    share = None
+    share = told = None
 
     def __init__(self, root, split: str, classes: list[str], names: bytes, lengths, labels):
         """names: the paths end to end; lengths: of each, in bytes."""
@@ -329,7 +330,7 @@ def open_data(data: str, image_hw: tuple[int, int], val_labels: str | None = Non
         val = open_val(data, image_hw, index=index)  # first, because it is quick
         train = scan(data, "train", index)
         if getattr(val, "numbered", False):
-            take_classes(val, train.classes)
+            val = take_classes(val, train.classes)
     else:
         train = scan(data, "train", index)
         val = open_val(data, image_hw, val_labels, train.classes, index=index)
@@ -339,7 +340,8 @@ def open_data(data: str, image_hw: tuple[int, int], val_labels: str | None = Non
 
 def open_val(data: str, image_hw: tuple[int, int], val_labels: str | None = None,
              classes: list[str] | None = None, val_share: float | None = None,
-             index: archives.Index | None = None, images: int | None = None):
+             index: archives.Index | None = None, images: int | None = None,
+             part: bool = False):
     """The validation source of --data: DATA/val/CLASS/*, or tars.
 
     classes: a model's, in its order (the shapes' are not sorted), which `take_classes` gives.
@@ -348,13 +350,14 @@ def open_val(data: str, image_hw: tuple[int, int], val_labels: str | None = None
     val_share: without val, of which part training held out; 1 and None: all.
     images: what training had left; where this split leaves another number it saw none of DATA's,
     and all are returned. None: that is not asked.
+    part: whether DATA may have more classes than the model, of which no image is then returned.
     Raises ValueError where `scan`, `scan_flat`, `read_labels`, `take_classes` or `hold_out` does.
     """
     if data == "shapes":
         return Shapes(image_hw, "val")
     if val_labels is not None:
-        return scan_flat(data, "val", read_labels(val_labels), classes, index)
-    if not classes or has(data, "val") or val_share is None and has(data, "train"):
+        source = scan_flat(data, "val", read_labels(val_labels), None if part else classes, index)
+    elif not classes or has(data, "val") or val_share is None and has(data, "train"):
         source = scan(data, "val", index)
     elif val_share is None:
         source = scan(data, "", index)
@@ -362,25 +365,30 @@ def open_val(data: str, image_hw: tuple[int, int], val_labels: str | None = None
         source = _whole(data, index)
     else:
         source = hold_out(_whole(data, index), data, val_share, images)[1]
-    if classes:
-        take_classes(source, classes)
-    return source
+    return take_classes(source, classes, part) if classes else source
 
 
-def take_classes(source: ImageFolder, classes: list[str]) -> None:
+def take_classes(source: ImageFolder, classes: list[str], part: bool = False) -> ImageFolder:
     """Labels a source as a model does: by its folders' names, or their numbers 0, 1, ..., or the
-    numbers of WebDataset. Other folders stay as they are. Raises ValueError for too large ones."""
-    if getattr(source, "numbered", False):
-        if len(source.classes) > len(classes):
-            raise ValueError(f"--data: {source.name(int(source.labels.argmax()))} is of class "
-                             f"{source.labels.max()}, and there are {len(classes)} classes")
-        source.classes = classes
-    for names in classes, list(map(str, range(len(classes)))):
-        if set(names) == set(source.classes):
+    numbers of WebDataset. Other folders stay as they are. part: images of further classes are left
+    out. Raises ValueError, without it, for too large numbers."""
+    numbered, numbers = getattr(source, "numbered", False), list(map(str, range(len(classes))))
+    if numbered and not part and len(source.classes) > len(classes):
+        raise ValueError(f"--data: {source.name(int(source.labels.argmax()))} is of class "
+                         f"{source.labels.max()}, and there are {len(classes)} classes")
+    fits = set.issubset if part else set.__eq__
+    for names in (numbers,) if numbered else (classes, numbers):
+        if numbered or fits(set(names), set(source.classes)):
             number = {name: i for i, name in enumerate(names)}
-            numbers = np.array([number[name] for name in source.classes], np.int32)
-            source.classes, source.labels = classes, numbers[source.labels]
+            new = np.array([number.get(name, -1) for name in source.classes], np.int32)
+            labels = new[source.labels]
+            source = source.subset(labels >= 0)
+            source.classes, source.labels, source.numbered = classes, labels[labels >= 0], False
+            if (labels < 0).any():
+                source.told = (f"{(labels < 0).sum():,} images of classes that the model does not "
+                               f"know are left out")
             break
+    return source
 
 
 # ----------------------------------------------------------------------------- without val
@@ -414,19 +422,21 @@ def _whole(data, index: archives.Index | None) -> ImageFolder:
     return source
 
 
+def hashes(source: ImageFolder):
+    """Yields for each image the 64 bits of BLAKE2b of its path, from its class's folder on."""
+    for path in map(source.path, range(len(source))):
+        yield int.from_bytes(hashlib.blake2b(path, digest_size=8).digest(), "big")
+
+
 def hold_out(source: ImageFolder, data, share: float,
              images: int | None = None) -> tuple[ImageFolder, ImageFolder]:
-    """(train, val) of a source without val: an image is in val if the 64 bits of BLAKE2b of its
-    path, from its class's folder on, are a number below share * 2^64.
+    """(train, val) of a source without val: an image is in val if its hash is below share * 2^64.
 
     So another place of the folder changes nothing, nor does a tar in its place, and images that are
     added move no other. images: how many must be in train, else both are the whole.
     Raises ValueError for a class without a training image, and an empty val.
     """
-    def drawn(index: int) -> bool:
-        digest = hashlib.blake2b(source.path(index), digest_size=8).digest()
-        return int.from_bytes(digest, "big") < share * 2**64
-    held = np.fromiter(map(drawn, range(len(source))), bool, len(source))
+    held = np.fromiter((number < share * 2**64 for number in hashes(source)), bool, len(source))
     if images not in (None, len(held) - held.sum()):
         source.share = 1
         return source, source
@@ -439,6 +449,36 @@ def hold_out(source: ImageFolder, data, share: float,
             raise ValueError(f"--val-share {share} of {data}, which has no val, holds out {what}")
     train.share = val.share = share
     return train, val
+
+
+def take_fractions(train: ImageFolder, val: ImageFolder, of_classes: float,
+                   of_images: float) -> tuple[ImageFolder, ImageFolder]:
+    """Part of both: the first classes, and of each one's training images those of the greatest
+    `hashes`, where hold_out takes the least. Counts are rounded, and 1 at least. So less is a part
+    of more, the same on every node and in tars; val keeps all images of these classes.
+
+    The flags are NeMo's, whose image_folder.py takes classes as os.scandir lists them, which may
+    differ by node, images by name, and for validation all classes, numbered on their own there.
+    Raises ValueError if val has none of the classes.
+    """
+    if of_classes == of_images == 1:
+        return train, val
+    classes = train.classes[:max(round(of_classes * len(train.classes)), 1)]
+    few, few_val = (source.subset(source.labels < len(classes)) for source in (train, val))
+    if not len(few_val):
+        raise ValueError(f"--classes-fraction {of_classes} leaves {_first(classes)}, of which no "
+                         f"image validates: raise it")
+    numbers = np.fromiter(hashes(few), np.uint64, len(few))
+    order, counts = np.lexsort((~numbers, few.labels)), np.bincount(few.labels)
+    place = np.arange(len(few)) - np.repeat(counts.cumsum() - counts, counts)  # within its class
+    chosen = np.empty(len(few), bool)
+    chosen[order] = place < np.repeat(np.maximum(np.round(of_images * counts), 1), counts)
+    few = few.subset(chosen)
+    few.told = (f"--classes-fraction {of_classes:g} and --data-per-class-fraction {of_images:g} "
+                f"take {len(classes):,} of {len(train.classes):,} classes, {len(few):,} of "
+                f"{len(train):,} training and {len(few_val):,} of {len(val):,} validation images")
+    few.classes = few_val.classes = classes
+    return few, few_val
 
 
 def check_same_classes(one: str, classes: list[str], other: str, others: list[str]) -> None:

@@ -41,6 +41,7 @@ import samples
 import sources
 import tars
 import train
+import weights
 from augment import (
     JITTER,
     centre_view,
@@ -56,8 +57,9 @@ from augment import (
 )
 from configs import CROPPED, EvalConfig, TrainConfig, stable_seed
 from data import IGNORE, PADDING
+from recipes import SMALL_FOLDER, parse_run
 from sources import decode
-from testing import TRAIN_FLAGS, Few, generator, make_folder, paint, run_command
+from testing import TINY, TRAIN_FLAGS, Few, generator, make_folder, paint, run_command
 
 torch.set_num_threads(1)
 HW = (32, 32)
@@ -772,6 +774,112 @@ def test_a_model_is_scored_on_what_its_training_held_out(tmp_path):
     assert f"on {held} images" in scored("--val-share", 0.3)
     pack(tar, [("photos", place)])  # training's own, which has changed since
     assert f"on {held} images" in scored("--data", tar)
+
+
+# ----------------------------------------------------------------------------- a part of the data
+def test_a_fraction_is_the_same_part_everywhere_and_never_held_out(tmp_path):
+    """The first classes; of each class's training images those of the greatest hashes, rounded but
+    one at least, and all that validate: of a folder and a tar; less is within more; what is held
+    out is what would be held out without."""
+    sizes = dict(a=40, b=13, c=2, d=30)
+    for name, n in sizes.items():
+        (tmp_path / "bare" / name).mkdir(parents=True)
+        for i in range(n):
+            (tmp_path / "bare" / name / f"{i}.png").write_bytes(b"")
+    pack(tmp_path / "packed.tar", [("bare", tmp_path / "bare")])
+
+    def paths(source):
+        return [os.fsdecode(source.path(i)) for i in range(len(source))]
+
+    def number(path):
+        return hashlib.blake2b(path.encode(), digest_size=8).digest()
+    whole = {}
+    for place in ("bare", "packed.tar"):
+        both = sources.open_data(str(tmp_path / place), HW, val_share=0.25)
+        assert sources.take_fractions(*both, 1, 1) == both
+        train, val = map(paths, both)
+        for classes, share in itertools.product((0.1, 0.7, 1), (0.01, 0.1, 0.52, 1)):
+            few, few_val = sources.take_fractions(*both, classes, share)
+            names = "abcd"[:max(round(4 * classes), 1)]
+            assert few.classes == few_val.classes == list(names)
+            assert paths(few_val) == [path for path in val if path[0] in names]
+            expected = []
+            for name in names:
+                own = sorted((path for path in train if path[0] == name), key=number)
+                expected += own[len(own) - max(round(share * len(own)), 1):]
+            assert paths(few) == [path for path in train if path in expected]
+            assert [few.classes[label] for label in few.labels] == [p[0] for p in paths(few)]
+            assert whole.setdefault((classes, share), paths(few)) == paths(few)  # in a tar too
+            assert share == 0.01 or set(whole[classes, 0.01]) <= set(paths(few))
+    with pytest.raises(ValueError, match="--classes-fraction 0.1 leaves a, of which no image val"):
+        sources.take_fractions(both[0], both[1].subset(both[1].labels > 0), 0.1, 1)
+
+
+def test_a_model_of_a_fraction_is_scored_on_its_classes_wherever_they_lie(tmp_path):
+    """The images of other classes are left out: of class folders, of numbers, of flat images with
+    labels, of WebDataset's numbers, and of a part that is held out, which a moved folder keeps;
+    without a fraction such a val is another model's."""
+    flat, labels = tmp_path / "flat/val", "ImageId,PredictionString\n"
+    for i, (name, k) in enumerate(itertools.product("abcd", range(6))):
+        image = paint(tmp_path / "folders/val" / name / f"{name}{k}.png")
+        for path in (flat, tmp_path / "numbers/val" / str(i // 6), tmp_path / "bare" / name,
+                     *[tmp_path / "alone/val" / name] * (i < 12)):
+            path.mkdir(parents=True, exist_ok=True)
+            shutil.copy(image, path)
+        labels += f"{image.stem},{name} 1 2 3 4\n"
+    (tmp_path / "solution.csv").write_text(labels)
+    pack(tmp_path / "shards/val-0.tar", [(path.stem + ending, content) for path in flat.iterdir()
+         for ending, content in ((".png", path.read_bytes()),
+                                 (".cls", str("abcd".index(path.name[0])).encode()))])
+    facts = dict(classes=("a", "b"), classes_fraction=0.5, val_share=None, images=3)
+
+    def scored(place, **changes):
+        config = EvalConfig(checkpoint="c", data=str(tmp_path / place), output_dir=str(tmp_path),
+                            val_labels=str(tmp_path / "solution.csv") if place == "flat" else None)
+        images = evaluate.open_images(config, SimpleNamespace(image_hw=HW), facts | changes)
+        names = [os.path.basename(images.name(i)) for i in range(len(images))]
+        assert images.classes == ["a", "b"] and [images.load(i)[1] for i in range(len(images))] == [
+            "ab".index(name[0]) for name in names]
+        return images.told, sorted(names)
+    both = sorted(f"{name}{k}.png" for name, k in itertools.product("ab", range(6)))
+    for place in ("folders", "flat", "numbers", "shards"):
+        assert scored(place) == ("12 images of classes that the model does not know are left out",
+                                 both), place
+    assert scored("alone") == (None, both)
+    held = sources.open_data(str(tmp_path / "bare"), HW, val_share=0.3)[1]
+    assert scored("bare", val_share=0.3)[1] == [
+        name[2:] for name in map(held.name, range(len(held))) if name[0] in "ab"] != both
+    with pytest.raises(ValueError, match="2 only in .*folders: c, d"):
+        scored("folders", classes_fraction=1)
+
+
+def test_a_run_on_a_fraction_is_that_of_the_flags(tmp_path):
+    """The log tells the part, and a resume with another that it is another; evaluate.py knows it,
+    of a checkpoint and of a file. The shapes have none, and a small part of a large folder is a
+    small folder."""
+    root, out = tmp_path / "photos", tmp_path / "out"
+    for split, n in (("train", 8), ("val", 3)):
+        for name, i in itertools.product("abcd", range(n)):
+            paint(root / split / name / f"{i}.png", (16, 16), "RGB", (30 * i, 9, 7))
+    argv = [*TRAIN_FLAGS, "--data", root, "--output-dir", out, "--num-workers", 0,
+            "--head", "linear", "--global-batch-size", 8, "--classes-fraction", 0.5, "--max-steps"]
+    output = run_command(train.main, *argv, 1, "--data-per-class-fraction", 0.5)
+    assert ("--classes-fraction 0.5 and --data-per-class-fraction 0.5 take 2 of 4 classes, 8 of 32 "
+            "training and 6 of 12 validation images" in output)
+    assert " on 6 images" in output and "has 16 training images" in run_command(
+        train.main, *argv, 2)
+    weights.main([str(out), str(tmp_path / "vit.pt")])
+    for source in (str(out), str(tmp_path / "vit.pt")):
+        config = EvalConfig(checkpoint=source, data=str(root), output_dir=str(out))
+        images = evaluate.open_images(config, TINY, weights.read_weights(source).facts)
+        assert len(images) == 6 and images.classes == ["a", "b"]
+    flags = ["--classes-fraction", "0.5", "--data-per-class-fraction", "0.5"]
+    with pytest.raises(ValueError, match="--classes-fraction has no effect with --data shapes"):
+        parse_run(TrainConfig, flags)
+    for n, recipe in ((63, "small"), (64, "pretrain")):
+        with open(root / "train/a/one.tar", "wb") as file:  # as many images as 40 kB, less 1
+            file.truncate(40_000 * (n * SMALL_FOLDER // 16 - 1))
+        assert parse_run(TrainConfig, ["--data", str(root), *flags])[0].recipe == recipe
 
 
 # ----------------------------------------------------------------------------- order

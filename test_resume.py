@@ -24,7 +24,8 @@ import samples
 import saver as saving
 import train
 from checkpoint import complete_checkpoints, load_checkpoint, read_meta
-from configs import TrainConfig, to_plain
+from configs import TrainConfig
+from flags import to_plain
 from model import ViT
 from parallel import Grid, ShardedOptimizer
 from plan import run_length

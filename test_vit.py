@@ -128,7 +128,7 @@ MAY_IMPORT = {
     "resample": "", "device_views": "configs sources augment pixels nvjpeg resample",
     "data": "configs augment device_views",
     "checkpoint": "configs parallel", "saver": "parallel checkpoint",
-    "resume": "configs checkpoint",
+    "resume": "flags configs checkpoint",
     "memory": "configs parallel model", "plan": "configs memory",
     "meter": "configs parallel data", "watch": "",
     "runtime": "configs parallel model augment data meter watch",
@@ -137,8 +137,8 @@ MAY_IMPORT = {
     "hub": "flags", "nemo_file": "", "formats": "flags configs nemo_file",
     "export": "configs model checkpoint",
     "weights": "flags configs recipes parallel model checkpoint hub nemo_file formats export",
-    "train": "configs recipes parallel model archives sources augment data device_views checkpoint "
-             "saver resume memory plan meter runtime evaluate weights report",
+    "train": "flags configs recipes parallel model archives sources augment data device_views "
+             "checkpoint saver resume memory plan meter runtime evaluate weights report",
     "figures": "",
     "report": "flags configs parallel model augment checkpoint runtime evaluate figures",
     "kernels": "configs parallel model", "peer": "configs parallel model",

@@ -30,8 +30,9 @@ import resume
 from archives import Index
 from augment import loss_sum, soft_targets
 from checkpoint import load_newest
-from configs import TrainConfig, ViTConfig, stable_seed, to_plain
+from configs import TrainConfig, ViTConfig, stable_seed
 from evaluate import score
+from flags import to_plain
 from memory import checkpoint_bytes
 from meter import Meter
 from parallel import Grid
@@ -51,7 +52,7 @@ from runtime import (
     user_errors,
 )
 from saver import Saver
-from sources import open_data
+from sources import open_data, take_fractions
 
 
 # ----------------------------------------------------------------------------- one step
@@ -211,9 +212,10 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
 
 def open_images(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid, sources=None):
     """(training images, validation images, the model with their classes)."""
-    train_set, val_set = sources or on_rank_0(
-        grid, lambda: open_data(config.data, vit.image_hw, config.val_labels, config.val_share,
-                                Index.of_run(config, keep=not config.dry_run)))
+    train_set, val_set = sources or on_rank_0(grid, lambda: take_fractions(
+        *open_data(config.data, vit.image_hw, config.val_labels, config.val_share,
+                   Index.of_run(config, keep=not config.dry_run)),
+        config.classes_fraction, config.data_per_class_fraction))
     count = len(train_set.classes)
     if given.get("num_classes", count) != count:
         raise ValueError(f"--num-classes {vit.num_classes}, but --data {config.data} has {count} "
@@ -326,6 +328,8 @@ def describe(run: Run, batch: tuple, optimizer, saver: Saver, train_set, val_set
     log.print(f"data {config.data}: {len(train_set):,} training and {len(val_set):,} validation "
               f"images{held_out}; {run.total_steps:,} steps = "
               f"{run.images_seen(run.total_steps) / len(train_set):,.1f} epochs")
+    if getattr(train_set, "told", None):
+        log.print(train_set.told)
     log.print(f"precision {config.precision}, {kernels}")
     log.print(f"weight decay {config.weight_decay} on {len(decay)} matrices, none on "
               f"{len(no_decay)} biases, norms, tokens and positions")

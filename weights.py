@@ -48,8 +48,8 @@ from parallel import shard
 from recipes import FINE_TUNING, RECIPES
 
 TOLD = ("image_size", "num_attention_heads", "layernorm_eps", "gelu_approximate", "mean", "std",
-        "crop_ratio", "precision", "classes", "pool", "layerscale", "val_share",
-        "images")  # not by shapes
+        "crop_ratio", "precision", "classes", "pool", "layerscale", "val_share", "images",
+        "classes_fraction", "data_per_class_fraction")  # not by shapes
 SHAPE = ("hidden_size", "ffn_hidden_size", "num_layers", "patch_size", "num_attention_heads",
          "num_channels", "num_class_tokens", "pre_norm")  # what makes another model; four name it
 
