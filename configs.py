@@ -413,7 +413,7 @@ class EvalConfig(Untold, Compute, Loader):
     index: str | None = also(TrainConfig, "index")
     predict: str | None = flag(None, "classify this image, or every image below this folder or in "
                                "this tar: predictions.csv and .png in --output-dir")
-    output_dir: str = flag("output", "where predictions, or the scores of each class, go")
+    output_dir: str | None = flag(None, "where results go (default: to the run, or to 'output')")
     precision: Literal["fp32", "bf16", "bf16-O2"] | None = flag(
         None, "default: the run's own; fp32 for files of other libraries")
 

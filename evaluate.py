@@ -238,13 +238,14 @@ def contact_sheet(images: list[tuple[Image.Image, str, str]]) -> Image.Image:
 def main(argv: list[str] | None = None) -> None:
     with user_errors("evaluate.py"):
         config, _ = parse(EvalConfig, argv)
+        out = Path(config.output_dir or run_of(config.checkpoint))
+        config = dataclasses.replace(config, output_dir=str(out))
         grid, device = start_processes(config)
         run, model, images, loader, names = open_model(config, grid, device)
         real = config.real_labels and sources.read_real_labels(config.real_labels, images)
     table = predict(run, model, run.log.progress(loader), len(images))
     if table is None:
         sys.exit(f"stopped by {run.stop.name or 'a signal'}: nothing was written")
-    out = Path(config.output_dir)
     if config.predict and grid.world.rank == 0:
         write_predictions(run, table, images, names, out)
     elif grid.world.rank == 0:
@@ -256,6 +257,17 @@ def main(argv: list[str] | None = None) -> None:
             run.log.print(f"ReaL top-1 {100 * sum(hits) / max(len(hits), 1):.2f} % on "
                           f"{len(hits):,} images")
     end_processes()
+    if not table.probabilities.any():
+        text = f"evaluate.py: error: none of the {len(images):,} images can be read"
+        sys.exit(1 if grid.world.rank else text)
+
+
+def run_of(checkpoint: str) -> Path:
+    """The output directory of train.py that a checkpoint is or lies in, if it can be written; else
+    'output'."""
+    path = Path(checkpoint)
+    return next((folder for folder in (path, *path.parents)[:3] if os.access(folder, os.W_OK)
+                 and any(folder.glob("checkpoints/step_*"))), Path("output"))
 
 
 def open_model(config: EvalConfig, grid: Grid, device: torch.device) -> tuple:

@@ -120,6 +120,8 @@ def read_flags(classes, argv: list[str] | None = None) -> dict:
     if rest:
         flags = [flag_name(f.name) for f in all_fields if f.default is not dataclasses.MISSING]
         odd = rest[0].split("=")[0]
+        if not odd.startswith("-"):
+            parser.error(f"{odd!r} belongs to no flag: the one before it takes no value")
         near = ([flag for flag in flags if flag.endswith(odd.lstrip("-"))]
                 or difflib.get_close_matches(odd, flags, 1, 0))
         parser.error(f"unknown flag {odd}; did you mean {' or '.join(near)}?")

@@ -177,7 +177,7 @@ def dry_run(config: TrainConfig, vit: ViTConfig, train_set, val_set, total_steps
     print("weights + gradients + optimizer, GiB per rank:")
     worlds = [1, 2, 4, 8, 16, 32, 64]
     print("  processes " + "".join(f"{n:>8}" for n in worlds))
-    for t in [t for t in legal_tp if t <= 8]:
+    for t in [t for t in legal_tp if t <= max(8, tp)]:
         cells = ["-" if n % t else _gib(memory_plan(vit, config, t, n // t, t)) for n in worlds]
         print(f"  tp {t:<7} " + "".join(f"{cell:>8}" for cell in cells))
 

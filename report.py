@@ -67,7 +67,8 @@ def open_run(output: str, config: ReportConfig, given: dict) -> Opened:
             lines.append(json.loads(line))
     own = {} if config.data else {name: trained.get(name)
                                   for name in ("data", "val_labels", "index")}
-    told = {**given, **own, "checkpoint": output, "output_dir": config.output[0]}
+    place = output if os.access(output, os.W_OK) else config.output[0]  # of the index of its tars
+    told = {**given, **own, "checkpoint": output, "output_dir": place}
     del told["output"]
     opened = open_model(EvalConfig(**told, compile=False), Grid(),  # compiled: no hooks
                         torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -257,6 +257,9 @@ def test_a_run_is_opened_with_its_own_data_and_index(tmp_path, monkeypatch):
         report.open_run("run", *parse(ReportConfig, [str(tmp_path), *flags]))
     assert [{name: getattr(config, name) for name in own} for config in opened] == [
         own, dict(data="other", val_labels=None, index=None)]
+    assert {config.output_dir for config in opened} == {str(tmp_path)}  # run cannot be written
+    report.open_run(str(tmp_path), *parse(ReportConfig, ["run"]))
+    assert opened[-1].output_dir == str(tmp_path)  # where an index of its tars lies by default
 
 
 def test_many_classes_are_told_by_the_ends_of_lists():

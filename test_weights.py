@@ -1077,8 +1077,8 @@ def test_the_shapes_are_scored_in_the_precision_of_training_unless_told(tmp_path
 
 def test_predictions_are_the_same_table_for_any_split(tmp_path, trained):
     """Whatever decodes is classified: 1 x 1 pixel, a 20,000 px panorama, an animation, a name that
-    is no ASCII; what does not is named, counted, and a row without predictions. One and three
-    processes write the same bytes, and a contact sheet."""
+    is no ASCII; what does not is named, counted, and a row without predictions, and an error if
+    nothing does. One and three processes write the same bytes, and a contact sheet."""
     images = tmp_path / "images"
     draw_folder(images, 20)
     paint(images / "1x1.png", (1, 1))
@@ -1103,11 +1103,23 @@ def test_predictions_are_the_same_table_for_any_split(tmp_path, trained):
     assert best == sorted(best, reverse=True) and 0 < sum(best) <= 1.001
     with Image.open(tmp_path / "out/predictions.png") as sheet:
         assert sheet.size == (6 * 188 + 12, 4 * 232 + 12)
+    assert "error: none of the 1 images can be read" in run_command(
+        evaluate.main, "--predict", images / "broken.jpg", "--checkpoint", trained, "--output-dir",
+        tmp_path / "none", code=1)
     one = run_command(evaluate.main, "--predict", images / "red star/003.png", "--checkpoint",
                       trained, "--output-dir", tmp_path / "one")
     assert "1 images, 0 unreadable" in one
     assert (tmp_path / "one/predictions.csv").read_text().splitlines()[1].split(",")[1:] == [
         *rows["red star/003.png"]]
+
+
+def test_results_go_to_the_run_that_is_evaluated(tmp_path):
+    """Of an output directory, a checkpoint in it, its best one, and a file beside them."""
+    (tmp_path / "run/checkpoints/step_00000001").mkdir(parents=True)
+    for name in ("", "checkpoints", "checkpoints/step_00000001", "best", "vit.safetensors"):
+        assert evaluate.run_of(f"{tmp_path}/run/{name}") == tmp_path / "run"
+    for name in (f"{tmp_path}/vit.safetensors", "timm:vit_base_patch16_224"):
+        assert evaluate.run_of(name) == Path("output")
 
 
 def test_the_contact_sheet_shows_each_predicted_class():
@@ -1157,6 +1169,7 @@ def test_flags_that_contradict_or_have_no_effect_are_errors(flags, message):
     (EvalConfig, "--precision bf16-O2-fp8", "--precision: invalid choice: 'bf16-O2-fp8'"),
     (ConvertConfig, "in out --data d", "unknown flag --data"),
     (TrainConfig, "--checkpoint x", "unknown flag --checkpoint"),
+    (TrainConfig, "--wandb foo", "'foo' belongs to no flag: the one before it takes no value"),
 ])
 def test_flags_of_another_command_are_unknown(capsys, command, flags, words):
     """fp8 is for training: a --precision of training alone."""
