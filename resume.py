@@ -8,6 +8,7 @@ same command goes on from its newest descendant. What a run does not descend fro
 before its first step, so that the newest checkpoint is always the one to go on from.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -24,7 +25,7 @@ from checkpoint import (
     write_synced,
 )
 from configs import ViTConfig
-from flags import to_plain
+from flags import flag_name, to_plain
 
 try:
     import fcntl
@@ -86,6 +87,15 @@ def claim_output(output: Path) -> tuple:
         else:
             shutil.rmtree(path, ignore_errors=True)
     return lock, lines
+
+
+def leave_output(lock) -> None:
+    """Undoes claim_output for a run that is refused; an output directory of other files stays."""
+    output = Path(lock.name).parent
+    with contextlib.suppress(OSError):  # what is not empty ends it
+        (output / "checkpoints").rmdir()
+        os.remove(lock.name)
+        output.rmdir()
 
 
 def open_output(output_dir: str, resume: str, locks: list) -> tuple[list[Path], list[str]]:
@@ -198,9 +208,14 @@ def check_same_model(directory: Path, vit: dict, config: dict, classes: list[str
         f"their order is another, and so is the length of an epoch"]
 
 
-def notes(meta: dict, total_steps: int) -> list[str]:
-    """What the log tells of the run until this checkpoint, and of its length if that is another."""
-    lines, skipped = [], meta["step"] - meta["updates"]
+def notes(meta: dict, total_steps: int, flags: dict) -> list[str]:
+    """What the log tells of the run until this checkpoint, of its length if that is another, and of
+    `flags`, the fields of both configurations, that are others."""
+    lines, skipped, old = [], meta["step"] - meta["updates"], {**meta["vit"], **meta["config"]}
+    changed = [f"{flag_name(key)} {value} (was {old[key]})" for key, value in flags.items()
+               if key not in ("resume", "output_dir") and old.get(key, value) != value]
+    if changed:
+        lines.append(f"note: other than in the checkpoint: {', '.join(changed)}")
     unreadable = len(meta.get("counts", {}).get("unreadable", ()))
     if meta.get("total_steps", total_steps) != total_steps:
         lines.append(f"note: the run was to take {meta['total_steps']:,} steps, and takes "

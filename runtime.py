@@ -112,11 +112,12 @@ def end_processes() -> None:
 
 
 @contextlib.contextmanager
-def user_errors(program: str):
-    """One line instead of a traceback for what a user can get wrong before the first step."""
+def user_errors(program: str, undo: Callable = lambda: None):
+    """One line instead of a traceback for what a user can get wrong, after undo()."""
     try:
         yield
     except (ValueError, OSError) as error:
+        undo()
         if int(os.environ.get("RANK", 0)):
             # torchrun ends all ranks with the first: speak only if rank 0 did not
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -57,6 +57,7 @@ from augment import (
 )
 from configs import CROPPED, EvalConfig, TrainConfig, stable_seed
 from data import IGNORE, PADDING
+from parallel import Grid
 from recipes import SMALL_FOLDER, parse_run
 from sources import decode
 from testing import TINY, TRAIN_FLAGS, Few, generator, make_folder, paint, run_command
@@ -876,6 +877,9 @@ def test_a_run_on_a_fraction_is_that_of_the_flags(tmp_path):
     flags = ["--classes-fraction", "0.5", "--data-per-class-fraction", "0.5"]
     with pytest.raises(ValueError, match="--classes-fraction has no effect with --data shapes"):
         parse_run(TrainConfig, flags)
+    config, vit, given = parse_run(TrainConfig, [*map(str, argv), "3", "--classes-fraction", "0.1"])
+    with pytest.raises(ValueError, match="has one class alone, a: there is nothing to tell apart"):
+        train.open_images(config, vit, given, Grid())
     for n, recipe in ((63, "small"), (64, "pretrain")):
         with open(root / "train/a/one.tar", "wb") as file:  # as many images as 40 kB, less 1
             file.truncate(40_000 * (n * SMALL_FOLDER // 16 - 1))

@@ -402,7 +402,7 @@ def _runs(folder, *runs):
             checkpoint.write_meta(path, {**read_meta(path), "result": None})
         try:
             train.main(argv, (train_set, val_set))
-        except RuntimeError as e:
+        except SystemExit as e:
             error = str(e)
         output = Path(argv[len(argv) - 1 - argv[::-1].index("--output-dir") + 1])
         lines = [json.loads(x) for x in (output / "metrics.jsonl").read_text().splitlines()]
@@ -439,6 +439,7 @@ def test_a_run_that_was_rewound_never_goes_on_from_what_it_left(tmp_path):
     for text in (third["text"], begun["text"]):
         assert f"resuming from {out}/checkpoints/step_00000009" in text
     assert f"resuming from {other}/checkpoints/step_00000010" in on["text"]
+    assert "(was auto)" not in rewound["text"] and f"(was {out})" not in begun["text"]  # as it says
     assert losses(auto["lines"]).keys() == set(range(1, 10))
     save_checkpoint(tmp_path / "third" / "checkpoints", 1, optimizer_of(ViT(TINY), Grid()), {})
     with pytest.raises(ValueError, match="would mix its line with the other checkpoints in"):
@@ -476,7 +477,8 @@ def test_counts_and_facts_go_on_after_a_restart(tmp_path):
     """An unreadable image of the first steps is still counted, and named once, when the run goes on
     with the next; bad steps before and after a restart add up to three in a row, which end it with
     the newest checkpoint's name. Mean, deviation and epsilon are the checkpoint's where no flag
-    gives them. A part of the epochs with batch 32, the rest with 64: their images are seen."""
+    gives them; what flags change is said. A part of the epochs with batch 32, the rest with 64:
+    their images are seen."""
     bad = int(data.order(320, 0, 0)[5])
     own = ["--mean", "0.5,0.4,0.3", "--layernorm-eps", 1e-5]
     out = ["--output-dir", tmp_path / "b", "--max-unreadable", 0.1]
@@ -486,9 +488,11 @@ def test_counts_and_facts_go_on_after_a_restart(tmp_path):
         ({"bad": bad, "kill_in_save": 5}, [*out, "--save-interval", 5, *EPOCHS]),
         ({"bad": bad}, [*out, "--global-batch-size", 64, *EPOCHS]))
     assert first["meta"]["counts"]["bad_steps"] == 2 and first["error"] is None
-    assert re.match("non-finite gradients in 3 steps in a row, the last one 4; lower .*The newest "
-                    f"checkpoint: {tmp_path}/out/checkpoints/step_00000003$", third["error"])
+    assert re.match("train.py: error: non-finite gradients in 3 steps in a row, the last one 4; "
+                    f"lower .*The newest checkpoint: {tmp_path}/out/checkpoints/step_00000003$",
+                    third["error"])
     assert "until then 2 steps were skipped" in third["text"]
+    assert "note: other than in the checkpoint: --max-steps 6 (was 3)\n" in third["text"]
     assert third["meta"]["config"]["mean"] == [0.5, 0.4, 0.3]
     assert third["meta"]["vit"]["layernorm_eps"] == 1e-5
     assert half["text"].count("unreadable image") == 1 and half["meta"]["step"] == 5
@@ -496,6 +500,7 @@ def test_counts_and_facts_go_on_after_a_restart(tmp_path):
     assert "1 images were unreadable" in end["text"] and "unreadable image," not in end["text"]
     assert (end["meta"]["step"], end["meta"]["images_seen"]) == (5 + 7, 5 * 32 + 7 * 64)
     assert "was to take 20 steps, and takes 12 now" in end["text"]
+    assert "checkpoint: --global-batch-size 64 (was 32), --save-interval 0 (was 5)\n" in end["text"]
     rates = [x["lr"] for x in end["lines"] if "loss" in x]
     assert rates[5] == pytest.approx(2e-3 * (160 / 64 + 1) / 5)  # in the warm-up of 5 steps
     assert rates[-1] == pytest.approx(1e-5)

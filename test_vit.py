@@ -361,7 +361,7 @@ def _recipe_of_a_run(argv):
     if os.environ["RANK"] == "1":
         recipes.default_recipe = lambda given: "pretrain"
     found = []
-    train.open_output = lambda config, grid: found.append(config.recipe) or 1 / 0
+    train.open_output = lambda config, *_: found.append(config.recipe) or 1 / 0
     with pytest.raises(ZeroDivisionError):
         train.main(argv)
     return found[0]
@@ -467,14 +467,15 @@ def _main_of_a_world(environment, argv):
 
 
 def test_dry_run_prints_the_plan_and_trains_nothing(tmp_path):
-    """Sizes, tokens, FLOPs, memory by part, steps, rates, legal layouts, for 8 processes in one."""
+    """Sizes, tokens, FLOPs, memory by part, steps, rates, legal layouts, also its own, for 32
+    processes in one."""
     argv = ["--model", "g14", "--data", "shapes", "--recipe", "pretrain", "--dry-run",
-            "--tensor-parallel-size", "2", "--output-dir", str(tmp_path / "o")]
-    _, _, outputs = run_ranks(1, _main_of_a_world, {"WORLD_SIZE": "8"}, argv)
+            "--tensor-parallel-size", "16", "--output-dir", str(tmp_path / "o")]
+    _, _, outputs = run_ranks(1, _main_of_a_world, {"WORLD_SIZE": "32"}, argv)
     for text in ("1,013.23 M parameters", "264 = 8 class + 16 x 16 patches of 14 px",
-                 "4096 = micro-batch 128 x dp 4 x accumulation 8", "masters and moments",
+                 "4096 = micro-batch 1024 x dp 2 x accumulation 2", "masters and moments",
                  "lr at step", "GiB per rank", "legal --tensor-parallel-size  1, 2, 4, 8, 16",
-                 "585 = 299.5 epochs"):
+                 "585 = 299.5 epochs", "\n  tp 16 "):
         assert text in outputs[0], outputs[0]
     assert not (tmp_path / "o").exists()
 
@@ -551,14 +552,14 @@ BAD_INPUT = [
                          ids=["".join(flags) for _, flags, _ in BAD_INPUT])
 def test_bad_input_gets_one_clear_error(world, flags, message, tmp_path):
     """One line from rank 0 with the value and what would be legal, exit code 2, no traceback, no
-    checkpoint. (The other ranks wait for torchrun to end them; here they are not started.)"""
+    output directory. (The other ranks wait for torchrun to end them; here they are not started.)"""
     _, codes, outputs = run_ranks(1, _main_of_a_world, {"WORLD_SIZE": str(world)},
                                   [*TRAIN_FLAGS, "--output-dir", str(tmp_path / "o"), *flags],
                                   check=False)
     assert codes == [2]
     assert message in outputs[0] and "Traceback" not in outputs[0]
     assert outputs[0].count("train.py: error:") == 1
-    assert not list(tmp_path.glob("o/checkpoints/step_*"))
+    assert not (tmp_path / "o").exists()
 
 
 # ----------------------------------------------------------------------------- model.py
@@ -2099,6 +2100,8 @@ def test_unreadable_images_are_named_counted_and_never_replaced(tmp_path):
     assert outputs[0].count("unreadable image, skipped") == 3 and "1/3.png" in outputs[0]
     _, codes, outputs = run_training(tmp_path / "b", *flags, world=2, check=False)
     assert 0 not in codes and "3 of 60 training images are unreadable" in outputs[0]
+    text = "".join(outputs)
+    assert text.count("train.py: error:") == 1 and "Traceback" not in text
     assert checkpoint.complete_checkpoints(tmp_path / "b" / "checkpoints")
 
 

@@ -17,6 +17,7 @@ import dataclasses
 import importlib
 import math
 import os
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -147,10 +148,12 @@ def facts(run: Run, start: "Start", meter: Meter, train_set, step: int,
 
 
 def finish(run: Run, meter: Meter, saver: Saver, step: int, result: dict | None) -> None:
-    """The last line. Raises RuntimeError if the meter ended the run."""
+    """The last line; exits with code 1 if the meter ended the run."""
     run.log.close()
     if meter.error:
-        raise RuntimeError(f"{meter.error}. The newest checkpoint: {saver.newest}")
+        end_processes()
+        text = f"train.py: error: {meter.error}. The newest checkpoint: {saver.newest}"
+        sys.exit(1 if run.grid.world.rank else text)
     if run.stop.agreed:
         run.log.print(f"stopped by {run.stop.name or 'a signal'} at step {step:,}; saved "
                       f"{saver.newest}; the same command continues")
@@ -163,7 +166,8 @@ def finish(run: Run, meter: Meter, saver: Saver, step: int, result: dict | None)
 # ----------------------------------------------------------------------------- set-up
 def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
     """sources: (training, validation) images in place of those of --data."""
-    with user_errors("train.py"):  # what a user can get wrong is found here, before any step
+    start = Start()
+    with user_errors("train.py", start.give_up):  # what a user can get wrong, before any step
         config, vit, given = parse_run(TrainConfig, argv)
         world = int(os.environ.get("WORLD_SIZE", 1))
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
@@ -173,7 +177,7 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
                         else start_processes(config))
         # One recipe for all: the default looks at the data, which nodes may see differently.
         config, vit, given = on_rank_0(grid, lambda: (config, vit, given))
-        start = open_output(config, grid)  # before tars are read, which may take minutes
+        open_output(config, grid, start)  # before tars are read, which may take minutes
         train_set, val_set, vit = open_images(config, vit, given, grid, sources)
         config = dataclasses.replace(config, val_share=getattr(val_set, "share", None))
         if config.warmup_epochs is not None:
@@ -220,6 +224,9 @@ def open_images(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid, so
     if given.get("num_classes", count) != count:
         raise ValueError(f"--num-classes {vit.num_classes}, but --data {config.data} has {count} "
                          f"classes; leave the flag out")
+    if count == 1:
+        raise ValueError(f"--data {config.data} has one class alone, {train_set.classes[0]}: there "
+                         f"is nothing to tell apart; give each class a folder")
     if len(train_set) < config.global_batch_size:
         raise ValueError(f"--data {config.data} has {len(train_set)} training images, fewer "
                          f"than one --global-batch-size {config.global_batch_size}")
@@ -237,14 +244,17 @@ class Start:
     meta: dict = field(default_factory=dict)  # its meta.json
     locks: list = field(default_factory=list)  # on rank 0, held until the process ends
 
+    def give_up(self) -> None:
+        """A run that is refused leaves --output-dir as it found it."""
+        for lock in self.locks:
+            resume.leave_output(lock)
 
-def open_output(config: TrainConfig, grid: Grid) -> Start:
+
+def open_output(config: TrainConfig, grid: Grid, start: Start) -> None:
     """Makes this job the one that writes in --output-dir, and finds its checkpoints."""
-    start = Start()
     if not config.dry_run:
         start.candidates, start.news = on_rank_0(grid, lambda: resume.open_output(
             config.output_dir, config.resume, start.locks))
-    return start
 
 
 def choose_start(config: TrainConfig, vit: ViTConfig, given: dict, start: Start):
@@ -344,7 +354,8 @@ def describe(run: Run, batch: tuple, optimizer, saver: Saver, train_set, val_set
                   f"peak --lr {config.lr} is not reached")
     if start.resume:
         start.news += [f"resuming from {start.resume}: step {run.start_step:,}, image "
-                       f"{run.start_image:,}", *resume.notes(start.meta, run.total_steps)]
+                       f"{run.start_image:,}", *resume.notes(
+                           start.meta, run.total_steps, {**to_plain(vit), **to_plain(config)})]
     elif not config.init_from:
         start.news.append("starting fresh: no checkpoint to resume from")
     for line in start.news:
