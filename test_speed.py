@@ -19,6 +19,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from unittest import mock
 
 import pytest
@@ -447,11 +448,15 @@ def test_attention_is_the_kernel_that_was_asked_for(attention, products, kernels
 
 # ----------------------------------------------------------------------------- Triton
 def test_triton_kernels_equal_the_plain_computation():
-    """Triton's interpreter runs them on the CPU; each check says what it compares."""
+    """Triton's interpreter runs them on the CPU; each check says what it compares. That of Triton
+    3.6 (torch 2.11) cannot count to a tensor with NumPy 2.4 (triton#9171), as _resample does."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    release = {p: tuple(map(int, version(p).split(".")[:2])) for p in ("triton", "numpy")}
+    counts = release["triton"] >= (3, 7) or release["numpy"] < (2, 4)
     script = "; ".join(["import test_speed", *(f"test_speed.{check.__name__}()" for check in (
-        _check_short_attention, _check_cast_both, _check_resample, _check_triton_model))])
+        _check_short_attention, _check_cast_both, _check_triton_model,
+        *[_check_resample] * counts))])
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True,
                           text=True, timeout=300, cwd=HERE)
     assert done.returncode == 0, done.stderr
