@@ -10,10 +10,12 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,15 +89,15 @@ def run_ranks(world, function, *args, check=True, timeout=120):
 
     Returns (results, exit codes, outputs) by rank; with check, fails the test if a rank failed.
     Rarely gloo stops (torch 2.14): a rank waited in a collective that its only peer had finished.
-    So ranks that are late tell where they stand, and try once more.
+    So ranks that are late tell where they stand, in a warning that pytest shows, and try once more.
     """
     for last in (False, True):
         results, codes, outputs, late = _run_once(world, function, args, timeout)
-        text = f"ranks {late} were still running after {timeout} s:\n{outputs}"
+        text = "\n".join([f"ranks {late} were still running after {timeout} s:", *outputs])
         if not late:
             break
         assert not last, text
-        print(text, file=sys.stderr)
+        warnings.warn(text, stacklevel=2)
     if check:
         assert codes == [0] * world, "\n".join(outputs)
     return results, codes, outputs
@@ -112,14 +114,24 @@ def _run_once(world, function, args, timeout):
         for r in late:  # says where it stands
             os.kill(ranks[r].pid, signal.SIGUSR1)
         time.sleep(bool(late))
+        native = {r: _native_state(ranks[r].pid) for r in late}
         for process in ranks:
             process.kill()
             process.join()
-        outputs = [Path(f"{folder}/output_{r}").read_text(errors="replace") for r in range(world)]
+        outputs = [Path(f"{folder}/output_{r}").read_text(errors="replace") + native.get(r, "")
+                   for r in range(world)]
         codes = [process.exitcode for process in ranks]
         results = [torch.load(f"{folder}/result_{r}") if codes[r] == 0 else None
                    for r in range(world)]
         return results, codes, outputs, late
+
+
+def _native_state(pid):
+    """Each thread's processor time, page faults and stack, and the sockets' queues; what this
+    machine has no command for is left out."""
+    commands = [f"ps -L -o tid,time,min_flt,stat,wchan:24,comm -p {pid}",
+                f"ss -tnp | grep pid={pid},", f"gdb -p {pid} -batch -ex 'thread apply all bt'"]
+    return subprocess.run("; ".join(commands), shell=True, capture_output=True, text=True).stdout
 
 
 def grid_of(tp):
