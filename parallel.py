@@ -82,6 +82,16 @@ def all_gather_object(value, axis: Axis) -> list:
 FUNCTIONAL = torch.ops._c10d_functional
 
 
+# On a CPU by another operator: the two threads of a gloo group write the name of what each has done
+# into one std::string without a lock (ProcessGroupGloo::runLoop). A name of 16 letters or more, as
+# ALLGATHER_COALESCED, lies on the heap and was freed twice: a rank aborted in malloc, or spun for
+# ever in the destructor of a buffer. ALLGATHER lies in the string itself.
+@torch.library.impl("_c10d_functional::all_gather_into_tensor", "cpu")
+def _all_gather_of_gloo(x, size, group_name):
+    y = x.new_empty(size * x.shape[0], *x.shape[1:])
+    return FUNCTIONAL.all_gather_into_tensor_out(x, size, group_name, out=y)
+
+
 def all_gather(x_local: torch.Tensor, axis: Axis) -> torch.Tensor:
     """[n, ...] of each rank -> [size*n, ...], in the order of the ranks."""
     if axis.size == 1:

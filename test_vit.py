@@ -938,6 +938,20 @@ def test_a_block_makes_two_plus_two_collectives_each_way():
             assert calls == [[4, 4], [8 + again, 8]]
 
 
+def _operators_of_a_gather():
+    grid = grid_of(2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y = parallel.all_gather(torch.full((1, 2), float(grid.tp.rank)), grid.tp)
+    return y.tolist(), {event.key for event in profile.key_averages()}
+
+
+def test_gloo_gathers_by_an_operator_that_leaves_its_heap_whole():
+    """Both ranks' rows in their order, by the operator whose name is short (parallel.py)."""
+    for y, names in run_ranks(2, _operators_of_a_gather)[0]:
+        assert y == [[0, 0], [1, 1]]
+        assert "_c10d_functional::all_gather_into_tensor_out" in names
+
+
 def _initial_weights(tp):
     grid = grid_of(tp)
     return full_weights(optimizer_of(ViT(TINY, grid, seed=5), grid))

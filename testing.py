@@ -88,8 +88,8 @@ def run_ranks(world, function, *args, check=True, timeout=120):
     """function(*args) on `world` processes with torchrun's environment.
 
     Returns (results, exit codes, outputs) by rank; with check, fails the test if a rank failed.
-    Rarely gloo stops (torch 2.14): a rank waited in a collective that its only peer had finished.
-    So ranks that are late tell where they stand, in a warning that pytest shows, and try once more.
+    Ranks that are late tell where they stand, in a warning that pytest shows, and try once more:
+    what made gloo hang was found so (parallel._all_gather_of_gloo), and may not be all.
     """
     for last in (False, True):
         results, codes, outputs, late = _run_once(world, function, args, timeout)
