@@ -343,13 +343,13 @@ def test_drop_path_by_batch_of_fused_blocks_computes_only_what_it_keeps():
     assert (masks.float().mean(0) - 0.5).abs().max() < 5 * 0.5 / 1000 ** 0.5
 
 
+@torch._dynamo.config.patch(recompile_limit=2)  # monkeypatch would leave it without one
 def test_blocks_of_many_shapes_compile(monkeypatch):
     """4 blocks that compute different numbers of images, each a graph, where torch would allow 2
     (of itself 8, fewer than 24 blocks may have): the gradients are those of the eager model."""
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, options=None, **flags: compiler(
         function, backend="eager", **flags))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     config = replace(KNOWN, num_layers=4, drop_path_rate=0.6, drop_path_mode="batch")
     assert len(set(config.computed_shares)) == 4
     weights, (images, labels), found = random_weights(config), batch_of(config, 16), []
@@ -416,6 +416,42 @@ def test_a_fused_model_without_dropout_is_the_plain_one(tp, training, config):
     to 10 (fp32 sums in another order)."""
     results = run_ranks(tp, _split_run, tp, dict(fused=True), training, None, (), config)[0]
     assert largest_difference(results, config) < 2e-6
+
+
+@pytest.mark.parametrize("config, adding", [  # tokens read: the first, all
+    (replace(PLAIN, num_layers=4), 3), (replace(OTHER, layerscale=0.0, num_class_tokens=0), 2)])
+def test_in_evaluation_products_add_to_the_stream(config, adding):
+    """Two in each block but that of token 0; no bias is zero, and all wait for the last block. The
+    logits, up to 1, are the plain model's within 2e-6 (fp32 sums in another order), eager and
+    compiled, though the compiler sees functions without a change in place."""
+    weights, images = random_weights(config), batch_of(config, 4)[0]
+    plain, model = (build(config, Grid(), weights).eval() for _ in range(2))
+    kernels.apply(model, fused=True)
+    with torch.no_grad():
+        expected = plain(images)
+        with Operators() as operators:
+            assert (model(images) - expected).abs().max() < 2e-6
+        assert operators.count["add_product"] == 2 * adding
+        torch._dynamo.reset()
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, backend=EAGER)
+        assert (model(images) - expected).abs().max() < 2e-6
+
+
+def test_products_add_to_the_stream_in_evaluation_only():
+    """Not in training, for gradients, in autocast, with LayerScale or with tensor parallelism."""
+    def adds(training=False, gradients=False, autocast=False, grid=Grid(), **options):
+        model = ViT(replace(PLAIN, **options), grid).train(training)
+        kernels.apply(model, fused=True)
+        with (torch.set_grad_enabled(gradients), Operators() as operators,
+              torch.autocast("cpu", torch.bfloat16, enabled=autocast)):
+            if grid.tp.size > 1:  # its ranks are not there
+                return model.adds()
+            model(batch_of(PLAIN, 2)[0])
+        return operators.count["add_product"] > 0
+    assert adds()
+    assert not (adds(training=True) or adds(gradients=True) or adds(autocast=True)
+                or adds(layerscale=0.5) or adds(grid=Grid(tp=Axis(size=2))))
 
 
 def test_swapped_classes_keep_the_parameters_names_and_shapes():
