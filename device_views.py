@@ -5,7 +5,7 @@ of the trainer, on streams of their own, make the pixels of whole batches:
 
     in a worker     bytes of plain JPEGs, of others (PNG, CMYK, progressive, turned by EXIF, cut
                     short, huge) the finished view; end to end in one buffer, with the numbers
-    in the threads  decode            on the JPEG engines, by nvJPEG
+    in the threads  decode            on the JPEG engines, by torchvision's nvJPEG
                     crop and resize   y = Wv (x Wh), as two kernels or two products of matrices
                     operations        of each kind together: AutoAugment's, RandAugment's, ...
     in the trainer  uint8 [b, 3, H, W] on the device, as if a worker had made them
@@ -18,16 +18,20 @@ goes through Pillow, and what that cannot read gets label -100 and stays black, 
 """
 
 import contextlib
+import ctypes
 import functools
 import io
 import itertools
 import math
+import os
 import queue
+import re
 import threading
 import time
 import warnings
 import weakref
 from concurrent.futures import Future
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -35,10 +39,9 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-import nvjpeg
+import pixels
 from augment import View
-from configs import CORES
-from pixels import augment, resize, window
+from pixels import window
 from sources import decode
 
 CPU = torch.device("cpu")
@@ -46,42 +49,40 @@ IGNORE = -100         # data.IGNORE
 GROUP = 64            # images decoded and resized together at most, so that memory stays bounded,
 MOST_PIXELS = 1 << 26  # and pixels: of the decoded images, and of their windows as they are padded
 THREADS = 2           # that make batches, on a GPU
-ENOUGH_CORES = 12     # of one GPU, to leave decoding to them
 ORIENTATION = 0x0112  # EXIF's tag
 
 
 # ----------------------------------------------------------------------------- may it be used?
 def choose(config, source, device: torch.device) -> tuple[bool, str]:
     """(whether config.decode means the device, the choice and why, for the log). Raises ValueError
-    where it was asked for and cannot be.
-
-    auto: where it can be and cores are few: B/16 with NeMo's augmentation kept 80 % of its rate by
-    16 cores, 77 % by the engines, which take kernels' time; with 4 cores it was 18 and 74 %.
-    """
+    where it was asked for and cannot be."""
     if config.decode == "cpu":
         return False, "decode cpu"
     why_not = engine(device) if hasattr(source, "read") else "these images have no files"
     if config.decode == "gpu" and why_not:
         raise ValueError(f"--decode gpu is impossible: {why_not}; legal here: auto, cpu")
-    cores = CORES // max(torch.cuda.device_count(), 1)
-    if config.decode == "auto" and not why_not and cores >= ENOUGH_CORES:
-        why_not = f"{cores} cores for each GPU; below {ENOUGH_CORES} the GPU is faster"
     return not why_not, f"decode {config.decode}: " + (
         f"cpu ({why_not})" if why_not else "gpu, views are made there")
 
 
 @functools.cache
 def engine(device: torch.device) -> str | None:
-    """Why the device decodes no JPEG, or None: it was tried."""
+    """Why the device decodes no JPEG, or None."""
     if device.type != "cuda":
         return "no CUDA device"
-    file = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(file, "JPEG")
-    try:
-        nvjpeg.decode([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], device)
-    except (RuntimeError, OSError, AttributeError, ImportError) as e:
-        return f"no JPEG engine: {str(e).splitlines()[0]}"
-    return None
+    if int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", 8)) < 32:  # start_processes sets it
+        return "CUDA_DEVICE_MAX_CONNECTIONS is below 32, so that decoding would wait for training"
+    import torchvision.io  # noqa: F401  brings nvJPEG along
+    maps = Path("/proc/self/maps")
+    library = re.search(r"/\S*libnvjpeg\S*", maps.read_text() if maps.exists() else "")
+    if not library:
+        return "torchvision has no nvJPEG"
+    nvjpeg, handle = ctypes.CDLL(library[0]), ctypes.c_void_p()
+    with torch.cuda.device(device):  # NVJPEG_BACKEND_HARDWARE
+        status = nvjpeg.nvjpegCreateEx(3, None, None, 0, ctypes.byref(handle))
+        if not status:
+            nvjpeg.nvjpegDestroy(handle)
+    return f"no JPEG engine (nvJPEG's status {status})" if status else None
 
 
 def batch_bytes(source, batch: int, image_hw: tuple[int, int]) -> int:
@@ -207,19 +208,16 @@ def decode_all(files: list[torch.Tensor], source_hw, device) -> list[torch.Tenso
     if len(files) > 1:
         return [decode_all([file], [hw], device)[0] for file, hw in zip(files, source_hw)]
     try:
-        pixels = np.array(decode(io.BytesIO(files[0].numpy().tobytes())))
+        picture = np.array(decode(io.BytesIO(files[0].numpy().tobytes())))
     except Exception:
         return [None]
-    return [torch.from_numpy(pixels).permute(2, 0, 1).to(device)]
+    return [torch.from_numpy(picture).permute(2, 0, 1).to(device)]
 
 
 def _decode_jpegs(files: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     if device.type == "cuda":
         # memory that this stream gave back it may still be reading, and torchvision's own writes
         torch.cuda.current_stream().synchronize()
-        with contextlib.suppress(RuntimeError):
-            return nvjpeg.decode(files, device)
-        # what the engines refuse: torchvision has nvJPEG's other decoders
     from torchvision.io import ImageReadMode, decode_jpeg
     warnings.filterwarnings("ignore", ".*TorchCodec", DeprecationWarning)
     return decode_jpeg(files, ImageReadMode.RGB, device)
@@ -231,11 +229,12 @@ class DeviceViews:
     device, labels, indices and draws on the host). transform: the RandomView or CentreView."""
 
     def __init__(self, loader, transform, device: torch.device):
-        self.loader, self.transform, self.device, self.resize = loader, transform, device, resize
+        self.loader, self.transform, self.device = loader, transform, device
+        self.resize, self.move = pixels.resize, pixels.move
         if device.type == "cuda":
             with contextlib.suppress(ImportError):  # of Triton
                 import resample
-                self.resize = resample.resize
+                self.resize, self.move = resample.resize, resample.move
 
     def __len__(self):
         return len(self.loader)
@@ -252,8 +251,8 @@ class DeviceViews:
         images = torch.zeros(len(views), 3, height, width, dtype=torch.uint8, device=self.device)
         finished = [i for i, view in enumerate(views) if view is None]
         if finished:
-            pixels = torch.stack([files[i] for i in finished]).view(-1, 3, height, width)
-            images[finished] = pixels.to(self.device)
+            made = torch.stack([files[i] for i in finished]).view(-1, 3, height, width)
+            images[finished] = made.to(self.device)
         windows = {i: window(view, packed.source_hw[i], (height, width))
                    for i, view in enumerate(views) if view is not None}
         for group in groups(windows, packed.source_hw):
@@ -266,7 +265,7 @@ class DeviceViews:
                 images[group] = self.resize(pictures, [views[i] for i in group],
                                             [windows[i] for i in group], (height, width))
         readable = {i: views[i] for i in windows if labels[i] != IGNORE}
-        augment(images, readable, self.transform)
+        pixels.augment(images, readable, self.transform, self.move)
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # before the files' memory goes
         return images, labels, indices, draws
@@ -291,14 +290,14 @@ class Ahead:
     """An iterator that is up to three batches ahead: THREADS threads call make(*batch), for a batch
     each, on streams of their own; batches stay in order. What fails there is raised here.
 
-    Two, because kernels of the decoder wait among those of the training, and waits overlap."""
+    Two, so that one decodes while the other launches the operations."""
 
     def __init__(self, batches, make, device: torch.device):
         self.batches = batches  # workers end with it, in the thread that started them
         self.results, stop, turn = queue.Queue(THREADS), threading.Event(), threading.Lock()
         threads = [threading.Thread(target=_work, name="device views", daemon=True,
-                                    args=(batches, make, device, self.results, stop, turn))
-                   for _ in range(THREADS if device.type == "cuda" else 1)]
+                                    args=(batches, make, device, self.results, stop, turn, k))
+                   for k in range(THREADS if device.type == "cuda" else 1)]
         for thread in threads:
             thread.start()
         self.close = weakref.finalize(self, _end, threads, self.results, stop)  # also at exit
@@ -319,7 +318,13 @@ class Ahead:
         return batch
 
 
-def _work(batches, make, device: torch.device, results: queue.Queue, stop, turn) -> None:
+@functools.cache
+def stream(device: torch.device, k: int):
+    """Of the k-th thread: small kernels, which else would each wait for large ones of training."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _work(batches, make, device: torch.device, results: queue.Queue, stop, turn, k) -> None:
     begun = device.type != "cuda"
     while not stop.is_set():
         result = Future()
@@ -329,8 +334,7 @@ def _work(batches, make, device: torch.device, results: queue.Queue, stop, turn)
                 batch = next(batches)
             if not begun:
                 torch.cuda.set_device(device)
-                # small kernels, which else would each wait for large ones of the training
-                torch.cuda.set_stream(torch.cuda.Stream(device, priority=-1))
+                torch.cuda.set_stream(stream(device, k))
                 begun = True
             made = make(*batch)
             result.set_result(made)

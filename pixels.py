@@ -216,26 +216,29 @@ def _cubic(v1, v2, v3, v4, d):
 
 
 # ----------------------------------------------------------------------------- whole batches
-def augment(images: torch.Tensor, views: dict[int, View], transform) -> None:
+def augment(images: torch.Tensor, views: dict[int, View], transform, move=move) -> None:
     """The operations and the erasing of these rows, in place: slot by slot, of each kind together.
     transform: the RandomView that drew them."""
-    image_hw, device = tuple(images.shape[2:]), images.device
+    image_hw, device, steps = tuple(images.shape[2:]), images.device, []
     for slot in range(max((len(view.operations) for view in views.values()), default=0)):
         kinds = {}
         for i, view in views.items():
             for name, magnitude in view.operations[slot:slot + 1]:
                 matrix = _matrix(name, magnitude, image_hw)
-                rows, numbers = kinds.setdefault("move" if matrix else name, ([], []))
-                rows.append(i)
-                numbers.append(matrix or magnitude)
-        for name, (rows, numbers) in kinds.items():
-            rows = torch.tensor(rows).to(device)
-            numbers = torch.tensor(numbers, dtype=torch.double).to(device)
-            if name == "move":
-                resample, fill = transform.turned
-                images[rows] = move(images[rows], numbers, resample == BICUBIC, fill)
-            else:
-                images[rows] = OPERATIONS[name](images[rows], numbers)
+                numbers = kinds.setdefault("move" if matrix else name, [])
+                numbers.append([i, *(matrix or [magnitude])])
+        steps += [(name, torch.tensor(numbers, dtype=torch.double))
+                  for name, numbers in kinds.items()]
+    # one copy: each would wait for what runs on this stream
+    flat = torch.cat([numbers.flatten() for _, numbers in steps] or [torch.empty(0)]).to(device)
+    for (name, host), numbers in zip(steps, flat.split([x.numel() for _, x in steps])):
+        rows, numbers = numbers.view_as(host).split([1, host.shape[1] - 1], 1)
+        rows = rows[:, 0].long()
+        if name == "move":
+            resample, fill = transform.turned
+            images[rows] = move(images[rows], numbers.contiguous(), resample == BICUBIC, fill)
+        else:
+            images[rows] = OPERATIONS[name](images[rows], numbers[:, 0])
     erased = {i: view.erased for i, view in views.items() if math.prod(view.erased[2:])}
     if erased:
         rows = torch.tensor(list(erased)).to(device)

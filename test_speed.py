@@ -491,7 +491,7 @@ def test_triton_kernels_equal_the_plain_computation():
     release = {p: tuple(map(int, version(p).split(".")[:2])) for p in ("triton", "numpy")}
     counts = release["triton"] >= (3, 7) or release["numpy"] < (2, 4)
     script = "; ".join(["import test_speed", *(f"test_speed.{check.__name__}()" for check in (
-        _check_short_attention, _check_cast_both, _check_triton_model,
+        _check_short_attention, _check_cast_both, _check_move, _check_triton_model,
         *[_check_resample] * counts))])
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True,
                           text=True, timeout=300, cwd=HERE)
@@ -515,6 +515,23 @@ def _check_resample():
     ours, plain = (module.resize(pictures, views, windows, (11, 13)).int()
                    for module in (resample, pixels))
     assert (ours - plain).abs().max() <= 1 and (ours != plain).float().mean() < 1e-3
+
+
+def _check_move():
+    """resample.move is pixels.move, byte for byte: turned, sheared and shifted beyond the edges, as
+    single lines too, cubic and linear."""
+    import pixels
+    import resample
+    for hw in ((23, 17), (1, 5), (5, 1)):
+        matrices = [pixels._matrix(name, magnitude, hw) for name, magnitude in (
+            ("Rotate", 17.0), ("Rotate", -140.0), ("ShearX", 0.3), ("ShearY", -0.9),
+            ("TranslateX", 4.0), ("TranslateY", -30.0))]
+        matrices = torch.tensor(matrices, dtype=torch.double)
+        x = torch.randint(0, 256, (len(matrices), 3, *hw), generator=generator("m"),
+                          dtype=torch.uint8)
+        for cubic, fill in ((True, 128), (False, 0)):
+            ours, plain = (module.move(x, matrices, cubic, fill) for module in (resample, pixels))
+            assert torch.equal(ours, plain), (hw, cubic, (ours.int() - plain.int()).abs().max())
 
 
 def _check_cast_both():
