@@ -34,6 +34,8 @@ Size = int | tuple[int, int]  # of a square's side, or (height, width), in pixel
 Colour = tuple[float, float, float]
 Gelu = Literal["none", "tanh", "quick"]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# A GPU's queues, read when CUDA starts: of 8, the default, views and training would share some.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 # ----------------------------------------------------------------------------- the model's shape

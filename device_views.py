@@ -70,7 +70,7 @@ def engine(device: torch.device) -> str | None:
     """Why the device decodes no JPEG, or None."""
     if device.type != "cuda":
         return "no CUDA device"
-    if int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", 8)) < 32:  # start_processes sets it
+    if int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", 8)) < 32:  # configs.py sets it
         return "CUDA_DEVICE_MAX_CONNECTIONS is below 32, so that decoding would wait for training"
     import torchvision.io  # noqa: F401  brings nvJPEG along
     maps = Path("/proc/self/maps")

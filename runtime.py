@@ -57,9 +57,6 @@ def start_processes(config: Compute) -> tuple[Grid, torch.device]:
         torch.use_deterministic_algorithms(True)
     device = torch.device("cuda", local) if gpus else torch.device("cpu")
     if gpus:
-        # queues of the device; with the default, 8, streams share one, and kernels of one wait for
-        # those of another. Read when CUDA starts
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         torch.cuda.set_device(device)
     if world % config.tensor_parallel_size:
         raise ValueError(f"--tensor-parallel-size {config.tensor_parallel_size} must divide the "
