@@ -122,7 +122,7 @@ def loader_rate(run: Run, timer: Timer, source, rate: float) -> None:
     stream = batches()
     timer.seconds(stream, WARM_UP)
     together = config.steps * config.global_batch_size / sum(timer.seconds(stream, config.steps))
-    _, decode = device_views.choose(config, source, run.device)
+    _, decode = device_views.choose(config, source, run.device, run.local_batch)
     run.log.print(f"{config.data} with {config.num_workers} workers a process, augmentation "
                   f"{config.augmentation}, {decode}: loader alone {loader:,.1f} images/s, steps "
                   f"with it {together:,.1f} ({100 * together / rate:.1f} % of those without)")
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         if config.data:
             source, _ = on_rank_0(grid, lambda: open_data(config.data, vit.image_hw))
             vit = dataclasses.replace(vit, num_classes=len(source.classes))
-            device_views.choose(config, source, device)
+            device_views.choose(config, source, device, micro // tp)
         run = Run(config, vit, grid, device, micro_batch=micro, accumulation=accumulation)
         model, kernels = build_model(run, config.seed)
         optimizer, exchange = build_optimizer(run, model)

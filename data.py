@@ -176,7 +176,7 @@ def _loader(views: Views, sampler, config, batch: int, world: int, device):
     be.
     """
     device, source, workers = torch.device(device), views.source, config.num_workers
-    on_device, _ = device_views.choose(config, source, device)
+    on_device, _ = device_views.choose(config, source, device, batch)
     batch_bytes = 3 * batch * views.image_hw[0] * views.image_hw[1]
     if on_device:
         transform, batch_bytes = views.transform, device_views.batch_bytes(

@@ -309,7 +309,7 @@ def open_model(config: EvalConfig, grid: Grid, device: torch.device) -> tuple:
                   f" mean {config.mean}, std {config.std}")
     run.log.print(f"batch {micro} x dp {grid.dp.size}; tp {tp}, {grid.world.size} x "
                   f"{device_name(device)}, precision {config.precision}, {kernels}; "
-                  f"{device_views.choose(config, images, device)[1]}")
+                  f"{device_views.choose(config, images, device, run.local_batch)[1]}")
     return run, model, images, loader, class_names(facts["classes"], vit.num_classes)
 
 

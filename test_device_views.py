@@ -358,10 +358,11 @@ def test_batches_stay_in_order_whichever_thread_is_first(monkeypatch):
 
 def test_decode_says_who_decodes_or_why_it_cannot(folder, monkeypatch):
     """gpu where there is none, or for drawn images, is an error before the first step; auto then
-    means the workers, and says why; cpu is not tried. Of a GPU it is not tried where fewer queues
-    were asked for, in which decoding and training would wait for each other."""
-    def choose(decode, source):
-        return device_views.choose(replace(CONFIG, decode=decode), source, CPU)
+    means the workers, and says why, as it does for small batches where cores are many; cpu is not
+    tried. Of a GPU it is not tried where fewer queues were asked for, in which decoding and
+    training would wait for each other."""
+    def choose(decode, source, batch=127):
+        return device_views.choose(replace(CONFIG, decode=decode), source, CPU, batch)
     source, shapes = sources.scan_folder(folder, "train"), samples.Shapes(HW, "train")
     with pytest.raises(ValueError, match="--decode gpu is impossible: no CUDA device; legal here"):
         choose("gpu", source)
@@ -370,7 +371,12 @@ def test_decode_says_who_decodes_or_why_it_cannot(folder, monkeypatch):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     assert "CUDA_DEVICE_MAX_CONNECTIONS" in device_views.engine(torch.device("cuda"))
     monkeypatch.setattr(device_views, "engine", lambda device: None)
+    monkeypatch.setattr(device_views, "CORES", 11)
     assert all(choose(decode, source)[0] for decode in ("auto", "gpu"))
+    monkeypatch.setattr(device_views, "CORES", 12)
+    assert choose("gpu", source)[0] and choose("auto", source, 128)[0]
+    assert choose("auto", source) == (
+        False, "decode auto: cpu (quicker by 12 cores for each GPU in batches of 127)")
     with pytest.raises(ValueError, match="these images have no files"):
         choose("gpu", shapes)
     assert not choose("auto", Few(shapes, 3))[0]

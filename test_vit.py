@@ -125,7 +125,7 @@ MAY_IMPORT = {
     "samples": "configs", "tars": "", "archives": "tars", "sources": "samples tars archives",
     "model": "configs parallel",
     "augment": "configs", "pixels": "augment",
-    "resample": "", "device_views": "sources augment pixels resample",
+    "resample": "", "device_views": "configs sources augment pixels resample",
     "data": "configs augment device_views",
     "checkpoint": "configs parallel", "saver": "parallel checkpoint",
     "resume": "flags configs checkpoint",
