@@ -80,7 +80,7 @@ def print_row(run: Run, times: list[float], micro: int, kernels: str, optimizer)
     times = sorted(times)
     median = times[len(times) // 2]
     rate, dp = config.global_batch_size / median, grid.world.size // grid.tp.size
-    flops = rate * config.passes * vit.train_flops_per_image / grid.world.size
+    flops = rate * config.passes * vit.flops_per_image(training=True) / grid.world.size
     peak = run.peak
     planned = sum(memory_plan(vit, config, grid.tp.size, dp, micro).values()) / 2**30
     run.log.print(f"torch {torch.__version__}, {grid.world.size} x {device_name(run.device)}, "

@@ -143,21 +143,15 @@ class ViTConfig(Checked):
         head = (d * d + d if self.head == "mlp" else 0) + d * c + c
         return embedding + self.num_layers * block + 2 * d * (1 + self.pre_norm) + head
 
-    @property
-    def flops_per_image(self) -> float:
+    def flops_per_image(self, training: bool = False) -> float:
         """Floating-point operations of one image's forward pass: the matrix products and attention
         that are computed (a multiply-add is 2); of the last block keys and values of all tokens,
-        the rest of one, unless the head reads their mean."""
-        return self._flops(self.seq_length, [1.0] * self.num_layers)
-
-    @property
-    def train_flops_per_image(self) -> float:
-        """The same in training: without the patches and the halves of blocks that are left out. A
-        step costs three times this, without recomputation."""
-        return self._flops(self.train_seq_length, self.computed_shares)
-
-    def _flops(self, s: int, shares: list[float]) -> float:
+        the rest of one, unless the head reads their mean. training: without the patches and the
+        halves of blocks that are left out; a step costs three times this, without recomputation.
+        """
         d, f = self.hidden_size, self.ffn_hidden_size
+        s = self.train_seq_length if training else self.seq_length
+        shares = self.computed_shares if training else [1.0] * self.num_layers
 
         def block(n: int) -> int:
             """Keys and values of all s tokens; query, attention, projection and MLP of n."""
@@ -300,18 +294,20 @@ class Step(Compute):
     label_smoothing: float = flag(0.0, "share of the target spread over all classes", BELOW_ONE)
     mixup: float = flag(0.0, "blend pairs of images, share from Beta(A, A); 0: never", NOT_NEGATIVE)
     cutmix: float = flag(0.0, "cut boxes, likewise; beside --mixup by even odds", NOT_NEGATIVE)
-    # images
+    # images; benchmark.py may have none
     augmentation: Literal[(*CROPPED, "none")] = flag(
         "nemo", "random crop; but for crop also a flip; then nemo: AutoAugment, colour jitter "
         "0.4/0.4/0.4/0.1; 3-augment: DeiT-III's three, jitter 0.3/0.3/0.3; none: the centre")
     rand_augment: tuple[int, int] = flag(
         (2, 9), "operations an image, magnitude of torchvision's 0 to 30",
         ("be a number from 1 on and a magnitude in 0..30", lambda x: x[0] > 0 and 0 <= x[1] <= 30),
-        augmentation="randaugment")
+        data=GIVEN, augmentation="randaugment")
     random_erasing: float = flag(0.0, "probability that a box is filled with the mean pixel",
-                                 PROBABILITY, augmentation=CROPPED)
-    repeated_augmentation: int = flag(1, "views of each image; so many fewer in a batch", POSITIVE)
-    crop_scale: float = flag(0.08, "least area of the random crop", SHARE, augmentation=CROPPED)
+                                 PROBABILITY, data=GIVEN, augmentation=CROPPED)
+    repeated_augmentation: int = flag(1, "views of each image; so many fewer in a batch", POSITIVE,
+                                     data=GIVEN)
+    crop_scale: float = flag(0.08, "least area of the random crop", SHARE, data=GIVEN,
+                             augmentation=CROPPED)
     mean: Colour = flag((0.485, 0.456, 0.406), "pixel mean, R,G,B")
     std: Colour = flag((0.229, 0.224, 0.225), "pixel deviation, R,G,B",
                        ("be positive", lambda std: min(std) > 0))
@@ -390,10 +386,6 @@ class BenchmarkConfig(Step, Loader):
     prefetch_factor: int = also(Loader, "prefetch_factor", data=GIVEN)
     pin_memory: bool = also(Loader, "pin_memory", data=GIVEN)
     decode: Literal["auto", "cpu", "gpu"] = also(Loader, "decode", data=GIVEN)
-    rand_augment: tuple[int, int] = also(Step, "rand_augment", data=GIVEN)
-    random_erasing: float = also(Step, "random_erasing", data=GIVEN)
-    repeated_augmentation: int = also(Step, "repeated_augmentation", data=GIVEN)
-    crop_scale: float = also(Step, "crop_scale", data=GIVEN)
     profile: str | None = flag(None, "a folder for traces; also prints where a step's time goes")
 
 

@@ -19,7 +19,6 @@ import os
 import random
 import re
 import sys
-import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import data
 import device_views
@@ -35,6 +33,7 @@ import sources
 from archives import Index
 from checkpoint import check_writable, write_atomically
 from configs import EvalConfig
+from figures import SHEET, contact_sheet
 from flags import parse
 from parallel import Grid
 from plan import check_layout, largest_micro_batch
@@ -207,31 +206,6 @@ def class_names(classes: tuple[str, ...] | None, count: int) -> list[str]:
         from torchvision.models import ViT_B_16_Weights
         return ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"]
     return list(classes or (f"class {i}" for i in range(count)))
-
-
-SHEET, COLUMNS, TILE, CAPTION = 30, 6, 176, 44  # images, images in a row, pixels
-
-
-def contact_sheet(images: list[tuple[Image.Image, str, str]]) -> Image.Image:
-    """(image, title, note) of at most SHEET images, each on a tile with its caption below."""
-    fonts = [ImageFont.load_default(size) for size in (15, 13)]
-    columns, pad = min(COLUMNS, len(images)), 12
-    width, height, rows = TILE + pad, TILE + CAPTION + pad, math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * width + pad, rows * height + pad), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, *caption) in enumerate(images):
-        x, y = pad + i % columns * width, pad + i // columns * height
-        draw.rectangle((x, y, x + TILE - 1, y + TILE - 1), fill=(238, 238, 238))
-        tile = ImageOps.contain(image, (TILE, TILE), Image.Resampling.BICUBIC)
-        sheet.paste(tile, (x + (TILE - tile.width) // 2, y + (TILE - tile.height) // 2))
-        for text, font, top, grey in zip(caption, fonts, (4, 23), (20, 110)):
-            text = unicodedata.normalize("NFKD", text)  # Pillow's own font is ASCII: u for u-umlaut
-            text = "".join(c for c in text if not unicodedata.combining(c))
-            text = text.encode("ascii", "replace").decode()
-            while draw.textlength(text, font) > TILE:
-                text = text[:-4] + "..."
-            draw.text((x, y + TILE + top), text, fill=(grey,) * 3, font=font)
-    return sheet
 
 
 # ----------------------------------------------------------------------------- the command

@@ -1,15 +1,16 @@
-"""Parts of a page: figures with their captions, charts as SVG, pictures inside the page.
+"""Pictures of results: parts of a page (figures with captions, charts as SVG) and a contact sheet.
 
-Nothing here knows of runs or models. report.css is the look of it; a colour is one of its names.
+Nothing here knows of runs or models. report.css is the look of a page; a colour is a name of it.
 """
 
 import base64
 import io
 import math
+import unicodedata
 from html import escape as esc
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 def figure(title: str, text: str = "", *, above: str = "", below: str = "", kind: str = "") -> str:
@@ -103,3 +104,28 @@ def mosaic(cells: np.ndarray) -> Image.Image:
     cells = np.pad(cells, [(0, 0)] * 2 + [(0, 1)] * 2 + [(0, 0)])              # clear
     rows, columns, h, w, _ = cells.shape
     return Image.fromarray(cells.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, 4))
+
+
+SHEET, COLUMNS, TILE, CAPTION = 30, 6, 176, 44  # images, images in a row, pixels
+
+
+def contact_sheet(images: list[tuple[Image.Image, str, str]]) -> Image.Image:
+    """(image, title, note) of at most SHEET images, each on a tile with its caption below."""
+    fonts = [ImageFont.load_default(size) for size in (15, 13)]
+    columns, pad = min(COLUMNS, len(images)), 12
+    width, height, rows = TILE + pad, TILE + CAPTION + pad, math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * width + pad, rows * height + pad), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, *caption) in enumerate(images):
+        x, y = pad + i % columns * width, pad + i // columns * height
+        draw.rectangle((x, y, x + TILE - 1, y + TILE - 1), fill=(238, 238, 238))
+        tile = ImageOps.contain(image, (TILE, TILE), Image.Resampling.BICUBIC)
+        sheet.paste(tile, (x + (TILE - tile.width) // 2, y + (TILE - tile.height) // 2))
+        for text, font, top, grey in zip(caption, fonts, (4, 23), (20, 110)):
+            text = unicodedata.normalize("NFKD", text)  # Pillow's own font is ASCII: u for u-umlaut
+            text = "".join(c for c in text if not unicodedata.combining(c))
+            text = text.encode("ascii", "replace").decode()
+            while draw.textlength(text, font) > TILE:
+                text = text[:-4] + "..."
+            draw.text((x, y + TILE + top), text, fill=(grey,) * 3, font=font)
+    return sheet

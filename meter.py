@@ -218,7 +218,7 @@ class Meter:
         """The log line of the interval that ends with `step`."""
         run, config = self.run, self.run.config
         rate = self.steps * config.global_batch_size / self.seconds
-        flops = rate * config.passes * run.vit.train_flops_per_image / run.grid.world.size
+        flops = rate * config.passes * run.vit.flops_per_image(training=True) / run.grid.world.size
         mfu = flops / run.peak if run.peak else None
         values = dict(
             step=step, epoch=round(run.images_seen(step) / len(self.unreadable.source), 4),

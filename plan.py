@@ -154,8 +154,8 @@ def dry_run(config: TrainConfig, vit: ViTConfig, train_set, val_set, total_steps
           f"{vit.num_attention_heads} heads of {vit.head_dim}")
     print(f"tokens       {vit.seq_length} = {vit.num_class_tokens} class + {h} x {w} patches "
           f"of {vit.patch_size} px")
-    print(f"FLOPs        {vit.flops_per_image / 1e9:,.2f} G per image forward, "
-          f"{config.passes * vit.train_flops_per_image / 1e9:,.2f} G in a training step")
+    print(f"FLOPs        {vit.flops_per_image() / 1e9:,.2f} G per image forward, "
+          f"{config.passes * vit.flops_per_image(training=True) / 1e9:,.2f} G in a training step")
     print(f"data         {len(train_set):,} training and {len(val_set):,} validation images, "
           f"{len(train_set.classes)} classes")
     print(f"batch        {total} = micro-batch {micro} x dp {dp} x accumulation {accumulation}")

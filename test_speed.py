@@ -1104,7 +1104,7 @@ def test_benchmark_prints_a_row_the_loaders_rate_and_a_profile(tp, tmp_path):
     median, low, high = map(float, re.fullmatch(r"([\d.]+) \(([\d.]+)-([\d.]+)\)",
                                                 cells["ms (min-max)"]).groups())
     assert low <= median <= high and total == pytest.approx(8e3 / median, rel=0.05)  # rounded
-    flops = 3 * replace(MODELS["demo"], num_classes=16).flops_per_image * each
+    flops = 3 * replace(MODELS["demo"], num_classes=16).flops_per_image() * each
     assert float(cells["TFLOP/s"]) == pytest.approx(flops / 1e12, rel=0.01)  # three digits
     step = float(re.search(r"^of ([\d.]+) ms a step, profiled", output, re.M)[1])
     shares = {name: (float(ms), float(share)) for name, ms, share in re.findall(
