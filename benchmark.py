@@ -41,7 +41,7 @@ from runtime import (
     start_processes,
     user_errors,
 )
-from sources import open_data
+from splits import open_data
 from train import learning_rate, train_step
 
 WARM_UP = 5  # steps before any is timed: they compile, and fill caches and the allocator

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 import data
 import device_views
-import sources
+import splits
 from archives import Index
 from checkpoint import check_writable, write_atomically
 from configs import EvalConfig
@@ -47,6 +47,7 @@ from runtime import (
     start_processes,
     user_errors,
 )
+from sources import read_real_labels, scan_flat
 
 
 # ----------------------------------------------------------------------------- one pass
@@ -216,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         config = dataclasses.replace(config, output_dir=str(out))
         grid, device = start_processes(config)
         run, model, images, loader, names = open_model(config, grid, device)
-        real = config.real_labels and sources.read_real_labels(config.real_labels, images)
+        real = config.real_labels and read_real_labels(config.real_labels, images)
     table = predict(run, model, run.log.progress(loader), len(images))
     if table is None:
         sys.exit(f"stopped by {run.stop.name or 'a signal'}: nothing was written")
@@ -293,21 +294,21 @@ def open_images(config: EvalConfig, vit, facts: dict):
     classes = facts["classes"]
     check_writable(Path(config.output_dir))
     if config.predict:
-        return sources.scan_flat(config.predict, "")
+        return scan_flat(config.predict, "")
     of_classes, of_images = (facts.get(name, 1) for name in (
         "classes_fraction", "data_per_class_fraction"))
     # Of training's own folder, which may have grown, or of as many images elsewhere, a part is new.
     own = config.val_share or min(of_classes, of_images) < 1 or os.path.realpath(
         config.data) == os.path.realpath(facts.get("data") or "")
     if config.data != "shapes":
-        sources.check_share(config.data, config.val_share)
-    images = sources.open_val(config.data, vit.image_hw, config.val_labels,
-                              list(classes) or list(map(str, range(vit.num_classes))),
-                              facts.get("val_share"), Index.of_run(config),
-                              None if own else facts.get("images"), part=of_classes < 1)
+        splits.check_share(config.data, config.val_share)
+    images = splits.open_val(config.data, vit.image_hw, config.val_labels,
+                             list(classes) or list(map(str, range(vit.num_classes))),
+                             facts.get("val_share"), Index.of_run(config),
+                             None if own else facts.get("images"), part=of_classes < 1)
     if classes:
-        sources.check_same_classes(f"the model of {config.checkpoint}", list(classes),
-                                   config.data, images.classes)
+        splits.check_same_classes(f"the model of {config.checkpoint}", list(classes),
+                                  config.data, images.classes)
     elif len(images.classes) != vit.num_classes:
         raise ValueError(f"--data: {config.data} has {len(images.classes)} classes, "
                          f"--checkpoint {config.checkpoint} has {vit.num_classes}")

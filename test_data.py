@@ -39,6 +39,7 @@ import evaluate
 import resume
 import samples
 import sources
+import splits
 import tars
 import train
 import weights
@@ -167,7 +168,7 @@ def test_folder_errors_say_what_is_expected(tmp_path):
     """Each wrong layout fails with its own message, which shows the right one."""
     def fails(match, root=tmp_path):
         with pytest.raises(ValueError, match=match) as error:
-            sources.open_data(str(root), HW)
+            splits.open_data(str(root), HW)
         assert "CLASS" in str(error.value) or "same classes" in str(error.value)
     fails("no folder .*nowhere", tmp_path / "nowhere")
     fails(r"has no class folders; expected .*/CLASS/image.jpg, or train/CLASS/.*\*train\*.tar")
@@ -219,7 +220,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
         os.mkdir("x" * 250)
         os.chdir("x" * 250)
     with pytest.raises(OSError, match="too long"):
-        sources.open_data(str(tmp_path), HW)
+        splits.open_data(str(tmp_path), HW)
 
 
 def test_validation_labels_are_numbered_as_in_the_models_classes(tmp_path):
@@ -228,14 +229,14 @@ def test_validation_labels_are_numbered_as_in_the_models_classes(tmp_path):
     paint(tmp_path / "val/b/2.png")
     for classes, labels in ((None, [0, 1, 1, 2]), (["a", "b", "c"], [0, 1, 1, 2]),
                             (["b", "c", "a"], [2, 0, 0, 1]), (["a", "b"], [0, 1, 1, 2])):
-        source = sources.open_val(str(tmp_path), HW, classes=classes)
+        source = splits.open_val(str(tmp_path), HW, classes=classes)
         assert [source.load(i)[1] for i in range(4)] == labels
         assert [source.classes[label] for label in labels] == ["a", "b", "b", "c"]
         assert source.name(3) == "val/c/1.png"
     with pytest.raises(ValueError, match="1 only in model: z; 1 only in val: a"):
-        sources.check_same_classes("model", ["b", "z"], "val", ["a", "b"])
+        splits.check_same_classes("model", ["b", "z"], "val", ["a", "b"])
     with pytest.raises(ValueError, match="order differs"):
-        sources.check_same_classes("model", ["b", "a"], "val", ["a", "b"])
+        splits.check_same_classes("model", ["b", "a"], "val", ["a", "b"])
 
 
 def test_folders_named_by_numbers_are_the_models_classes(tmp_path):
@@ -245,13 +246,13 @@ def test_folders_named_by_numbers_are_the_models_classes(tmp_path):
     for name in names:
         paint(tmp_path / name / "1.jpeg")
     for classes in ([f"n{i:08d}" for i in range(12)], names, names[::-1], sorted(names)):
-        source = sources.open_val(str(tmp_path), HW, classes=classes)
+        source = splits.open_val(str(tmp_path), HW, classes=classes)
         number = {source.name(i).split("/")[0]: source.load(i)[1] for i in range(12)}
         expected = classes if set(classes) == set(names) else names
         assert number == {name: i for i, name in enumerate(expected)} and source.classes == classes
     (tmp_path / "10/1.jpeg").unlink()
     (tmp_path / "10").rmdir()
-    assert sources.open_val(str(tmp_path), HW, classes=["a"] * 11).classes == sorted(
+    assert splits.open_val(str(tmp_path), HW, classes=["a"] * 11).classes == sorted(
         set(names) - {"10"})
 
 
@@ -282,34 +283,34 @@ def test_flat_validation_images_take_their_classes_from_a_file(tmp_path):
     for text in ("v_0.JPEG n01\nv_1.JPEG n02\n\nv_2.JPEG n01\n",
                  "ImageId,PredictionString\nv_1,n02 1 2 3 4 n01 5 6 7 8 \nv_0,n01 1\nv_2,n01"):
         lines.write_text(text)
-        source = sources.open_val(tmp_path, HW, lines)
+        source = splits.open_val(tmp_path, HW, lines)
         assert source.classes == ["n01", "n02"] and source.labels.tolist() == [0, 1, 0]
         assert source.name(1) == "val/v_1.JPEG" and source.load(1)[1] == 1
-        assert sources.open_val(tmp_path, HW, lines, ["n00", "n01", "n02"]).labels.tolist() == [
+        assert splits.open_val(tmp_path, HW, lines, ["n00", "n01", "n02"]).labels.tolist() == [
             1, 2, 1]
     make_folder(tmp_path, train=("n00", "n01", "n02"), val=())
-    train, val = sources.open_data(tmp_path, HW, lines)
+    train, val = splits.open_data(tmp_path, HW, lines)
     assert len(train) == 3 and val.classes == train.classes and val.labels.tolist() == [1, 2, 1]
     lines.write_text("v_0 10\nv_1 9\nv_2 10\n")
-    assert sources.open_val(tmp_path, HW, lines).classes == ["9", "10"]
+    assert splits.open_val(tmp_path, HW, lines).classes == ["9", "10"]
     for text, message in [("v_0 a\nv_1 b", "1 images of .* without a label: v_2"),
                           ("v_0 a\nv_1 b\nv_2 a\nv_3 a", "1 images of .* missing: v_3"),
                           ("v_0", "'v_0' is not of the form"), ("", "3 images .* without a label")]:
         lines.write_text(text)
         with pytest.raises(ValueError, match=message):
-            sources.open_val(tmp_path, HW, lines)
+            splits.open_val(tmp_path, HW, lines)
     lines.write_text("v_0 a\nv_1 b\nv_2 a")
     with pytest.raises(ValueError, match="1 images .* of a class unknown to the model: v_1"):
-        sources.open_val(tmp_path, HW, lines, ["a"])
+        splits.open_val(tmp_path, HW, lines, ["a"])
     with pytest.raises(ValueError, match="--val-labels .* cannot be read"):
-        sources.open_val(tmp_path, HW, tmp_path / "nowhere.txt")
+        splits.open_val(tmp_path, HW, tmp_path / "nowhere.txt")
     with pytest.raises(ValueError, match="name their classes with --val-labels"):
-        sources.open_val(tmp_path, HW)
+        splits.open_val(tmp_path, HW)
 
 
 def test_shapes_are_deterministic_balanced_and_differ_by_split():
     """Image i is the same whenever it is drawn; the splits share no image."""
-    train, val = sources.open_data("shapes", (32, 48))
+    train, val = splits.open_data("shapes", (32, 48))
     assert (len(train), len(val), len(train.classes)) == (8000, samples.SHAPES_VAL, 16)
     for i in (0, 17, 999):
         (image, label), (again, _) = train.load(i), samples.Shapes((32, 48), "train").load(i)
@@ -400,7 +401,7 @@ def test_tars_are_their_folder(tmp_path, packing):
             paths = classes_as_tars(folder / split, inner)
             if packing == "tar of tars":
                 pack(tars / f"ILSVRC2012_img_{split}.tar", [(p.name, p) for p in paths])
-    for theirs, ours in zip(sources.open_data(folder, HW), sources.open_data(tars, HW)):
+    for theirs, ours in zip(splits.open_data(folder, HW), splits.open_data(tars, HW)):
         assert isinstance(ours, sources.TarImages)
         assert ours.classes == theirs.classes == ["a", "a-b"]
         assert torch.equal(*(torch.tensor(source.labels) for source in (ours, theirs)))
@@ -429,34 +430,34 @@ def test_webdataset_shards_have_their_classes_beside_the_images(tmp_path):
           ("k.10", (".JSON", b'{"a": "text", "label": 1}')), ("k8", (".txt", b"?"), (".cls", b"2")))
     shard("in1k-validation-00.tar", ("k0", (".cls", b"1")))
     shard("in1k-test-00.tar", ("k0", (".cls", b"7")))
-    train, val = sources.open_data(tmp_path, HW)
+    train, val = splits.open_data(tmp_path, HW)
     assert [train.name(i) for i in range(5)] == [
         f"in1k-train-{name}.webp" for name in ("0000.tar/k.10", "0000.tar/k8", "0000.tar/k9",
                                                "0001.tar/k0", "0001.tar/k1")]
     assert train.labels.tolist() == [1, 2, 2, 0, 3] and train.classes == val.classes == list("0123")
     assert val.load(0)[1] == 1 and train.load(4)[0].size == (40, 30)
     names = ["n3", "n2", "n1", "n0"]  # a model's, whose order the numbers mean
-    scored = sources.open_val(tmp_path, HW, classes=names)
+    scored = splits.open_val(tmp_path, HW, classes=names)
     assert scored.classes == names and scored.labels.tolist() == [1]
     with pytest.raises(ValueError, match="k0.webp is of class 1, and there are 1 classes"):
-        sources.open_val(tmp_path, HW, classes=["n0"])
+        splits.open_val(tmp_path, HW, classes=["n0"])
     for files in ((), ((".cls", b"-1"),), ((".cls", b"cat"),), ((".json", b'{"label": "4"}'),),
                   ((".json", b'{"label"'),), ((".json", b"[]"),)):
         shard("in1k-train-0002.tar", ("k5", *files))
         with pytest.raises(ValueError, match='1 of 6 images have no class, .*"label" or "cls" in a '
                            ".json: in1k-train-0002.tar/k5.webp"):
-            sources.open_data(tmp_path, HW)
+            splits.open_data(tmp_path, HW)
     for path in (tmp_path / "i.png", *tmp_path.glob("*.tar")):
         path.unlink()
     for i in range(2):  # the names of shards are no classes
         shard(f"{i}.tar", (f"k{i}", (".json", b'{"text": "a cat"}')))
     with pytest.raises(ValueError, match='2 of 2 images have no class.*"label".*: 0.tar/k0.webp'):
-        sources.open_data(str(tmp_path), HW)
+        splits.open_data(str(tmp_path), HW)
     for i in range(2):
         (tmp_path / f"{i}.tar").rename(tmp_path / f"{'train' if i else 'val'}.tar")
     assert len(sources.scan_flat(str(tmp_path), "val")) == 1  # to predict or with --val-labels
     with pytest.raises(ValueError, match="val.tar/k0.webp; or name the classes with --val-labels"):
-        sources.open_val(str(tmp_path), HW)
+        splits.open_val(str(tmp_path), HW)
 
 
 def test_numbers_are_the_classes_of_a_training_folder(tmp_path):
@@ -464,11 +465,11 @@ def test_numbers_are_the_classes_of_a_training_folder(tmp_path):
     make_folder(tmp_path, ("a", "b", "c"), ())
     image = (tmp_path / "train/a/1.png").read_bytes()
     pack(tmp_path / "val-0.tar", [("0.png", image), ("0.cls", b"1")])
-    train, val = sources.open_data(str(tmp_path), HW)
+    train, val = splits.open_data(str(tmp_path), HW)
     assert train.classes == val.classes == ["a", "b", "c"] and val.labels.tolist() == [1]
     pack(tmp_path / "val-0.tar", [("0.png", image), ("0.cls", b"3")])
     with pytest.raises(ValueError, match="is of class 3, and there are 3 classes"):
-        sources.open_data(str(tmp_path), HW)
+        splits.open_data(str(tmp_path), HW)
 
 
 def test_the_folders_of_a_tar_are_those_of_the_tars_inside(tmp_path):
@@ -504,16 +505,16 @@ def test_a_flat_validation_tar_takes_its_classes_from_a_file(tmp_path):
     labels.write_text("".join(f"{path.name} n0{1 + (path is flat[0])}\n" for path in flat))
     real.write_text("[[5], [], [1, 2]]")
     for place in (tmp_path / "folder", tars):
-        source = sources.open_data(place, HW, labels)[1]
+        source = splits.open_data(place, HW, labels)[1]
         assert source.classes == ["n01", "n02"] and source.labels.tolist() == [0, 0, 1]
         assert sources.read_real_labels(real, source) == [[5], [], [1, 2]]
     assert source.name(0) == "ILSVRC2012_img_val.tar/ILSVRC2012_val_00000001.JPEG"
     assert source.load(2)[1] == 1
     with pytest.raises(ValueError, match="ILSVRC2012_img_val.tar have no class.*--val-labels"):
-        sources.open_data(tars, HW)
+        splits.open_data(tars, HW)
     labels.write_text("ILSVRC2012_val_00000001 n01")
     with pytest.raises(ValueError, match="2 images of ILSVRC2012_img_val.tar are without a label"):
-        sources.open_data(tars, HW, labels)
+        splits.open_data(tars, HW, labels)
     source = sources.scan_flat(val, "")
     assert len(source) == 3 and source.labels.tolist() == [0, 0, 0] and source.load(0)[0]
     paint(tars / "1.png")  # what is unpacked comes first
@@ -527,14 +528,14 @@ def test_a_tar_that_cannot_be_used_is_an_error_that_names_it(tmp_path):
     members = [("a/1.png", image), ("b/2.png", b""), ("b/._3.png", b"hidden"), ("b/4.png", b"no")]
     pack(tmp_path / "d/val.tar", [("a/1.png", image), ("b/1.png", image)])
     whole = pack(train, members).read_bytes()
-    source = sources.open_data(tmp_path / "d", HW)[0]
+    source = splits.open_data(tmp_path / "d", HW)[0]
     batch = next(iter(data.eval_loader(source, CONFIG, HW, 3, 0, 1, "cpu")))
     assert source.name(1) == "train.tar/b/2.png" and batch[1].tolist() == [0, IGNORE, IGNORE]
 
     def fails(message, content):
         train.write_bytes(content)
         with pytest.raises(ValueError, match=f"train.tar.*{message}"):
-            sources.open_data(tmp_path / "d", HW)
+            splits.open_data(tmp_path / "d", HW)
     fails("is cut short: it ends inside the member 'a/1.png'", whole[:600])
     fails("is cut short: it has no end mark", whole[:512 + 512 * -(-len(image) // 512)])
     fails("is cut short: it has no end mark", b"")
@@ -553,7 +554,7 @@ def test_a_tar_that_cannot_be_used_is_an_error_that_names_it(tmp_path):
         ("a/1.png", image), ("a/3.png", tmp_path / "link.png")]).read_bytes())
     pack(train, [*members, ("a/1.png", b"")])
     with pytest.raises(ValueError, match="a/1.png is twice in train.tar"):
-        sources.open_data(tmp_path / "d", HW)
+        splits.open_data(tmp_path / "d", HW)
 
 
 def test_a_tar_is_walked_as_tarfile_does(tmp_path):
@@ -596,7 +597,7 @@ def test_an_index_is_kept_and_fits_its_tars(tmp_path, capsys):
     path = tmp_path / "run/index.npz"
 
     def opened(index=None):
-        source = sources.open_data(tars, HW, index=index or archives.Index(path))[0]
+        source = splits.open_data(tars, HW, index=index or archives.Index(path))[0]
         return source, capsys.readouterr().out
     first, said = opened()
     assert said.count("reading the headers of 2 tars") == 2 and f"kept in {path}" in said
@@ -638,11 +639,11 @@ def test_an_index_is_kept_and_fits_its_tars(tmp_path, capsys):
         opened(archives.Index(path / "x.npz"))
     assert "images in" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="--index .* has no effect: --data .* holds no tars"):
-        sources.open_data(folder, HW, index=archives.Index(given, given=True))
+        splits.open_data(folder, HW, index=archives.Index(given, given=True))
     shutil.copytree(folder / "val", tmp_path / "one/val")  # one of the two in tars is enough
     classes_as_tars(folder / "train", tmp_path / "one/train")
     index = archives.Index(tmp_path / "one/i.npz", given=True)
-    assert list(map(len, sources.open_data(tmp_path / "one", HW, index=index))) == [13, 5]
+    assert list(map(len, splits.open_data(tmp_path / "one", HW, index=index))) == [13, 5]
 
 
 def test_an_index_knows_the_folder_it_is_of(tmp_path, capsys):
@@ -699,7 +700,7 @@ def test_a_folder_without_val_is_split_by_the_hashes_of_its_paths(tmp_path):
     for share in (0.1, 0.5):
         expected = {name for name in names if int(digest[name], 16) < share * 2**64}
         for place in ("bare", "in", "packed", "packed/train.tar", "more"):
-            train, val = sources.open_data(str(tmp_path / place), HW, val_share=share)
+            train, val = splits.open_data(str(tmp_path / place), HW, val_share=share)
             parts = [{os.fsdecode(part.path(i)) for i in range(len(part))} for part in (train, val)]
             assert parts[1] - {f"c/{i}.png" for i in range(20)} == expected
             assert parts[0].isdisjoint(parts[1]) and len(train) + len(val) == 80 + 20 * (
@@ -709,7 +710,7 @@ def test_a_folder_without_val_is_split_by_the_hashes_of_its_paths(tmp_path):
                 assert all(os.fsdecode(part.path(i))[0] == part.classes[part.labels[i]]
                            and os.fsdecode(part.path(i))[1:] in part.name(i)
                            and part.read(i) == part.path(i) for i in range(len(part)))
-    assert len(sources.open_data(str(tmp_path / "bare"), HW)[1]) == sum(
+    assert len(splits.open_data(str(tmp_path / "bare"), HW)[1]) == sum(
         digest[name] < "1999999999999999" for name in names)  # a tenth of 2^64: the default
 
 
@@ -721,7 +722,7 @@ def test_what_cannot_be_split_is_named(tmp_path):
         for path in paths:
             paint(tmp_path / "d" / path, (1, 1))
         with pytest.raises(ValueError, match=message):
-            sources.open_data(str(tmp_path / "d"), HW, val_share=share)
+            splits.open_data(str(tmp_path / "d"), HW, val_share=share)
     some = [f"a/{i}.png" for i in range(20)]
     fails("--val-share 0.999.* holds out all images of a, b, where each", *some, "b/1.png",
           share=0.999)
@@ -735,10 +736,10 @@ def test_what_cannot_be_split_is_named(tmp_path):
                           ("train_val.tar", "train_val.tar has train and val in its name")):
         (paint(tmp_path / name / "train/a/1.png").parents[2] / name).write_bytes(b"")
         with pytest.raises(ValueError, match=message):
-            sources.open_data(str(tmp_path / name), HW)
+            splits.open_data(str(tmp_path / name), HW)
     pack(tmp_path / "both.tar", [("train", tmp_path / "d/train"), ("val", tmp_path / "d/val")])
     with pytest.raises(ValueError, match="train, val in .*both.tar .*train.tar, val.tar"):
-        sources.open_data(str(tmp_path / "both.tar"), HW)
+        splits.open_data(str(tmp_path / "both.tar"), HW)
 
 
 def test_a_model_is_scored_on_what_its_training_held_out(tmp_path):
@@ -751,7 +752,7 @@ def test_a_model_is_scored_on_what_its_training_held_out(tmp_path):
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
             place / str(i % 2) / f"{i}.png")
     tar = pack(tmp_path / "photos.tar", [("photos", place)])
-    seen, held = sources.open_data(str(place), HW, val_share=0.3)
+    seen, held = splits.open_data(str(place), HW, val_share=0.3)
     held = len(held)
     argv = [*TRAIN_FLAGS, "--data", tar, "--output-dir", out, "--max-steps", 1, "--num-workers", 0]
     run_command(train.main, *argv, "--dry-run")
@@ -796,11 +797,11 @@ def test_a_fraction_is_the_same_part_everywhere_and_never_held_out(tmp_path):
         return hashlib.blake2b(path.encode(), digest_size=8).digest()
     whole = {}
     for place in ("bare", "packed.tar"):
-        both = sources.open_data(str(tmp_path / place), HW, val_share=0.25)
-        assert sources.take_fractions(*both, 1, 1) == both
+        both = splits.open_data(str(tmp_path / place), HW, val_share=0.25)
+        assert splits.take_fractions(*both, 1, 1) == both
         train, val = map(paths, both)
         for classes, share in itertools.product((0.1, 0.7, 1), (0.01, 0.1, 0.52, 1)):
-            few, few_val = sources.take_fractions(*both, classes, share)
+            few, few_val = splits.take_fractions(*both, classes, share)
             names = "abcd"[:max(round(4 * classes), 1)]
             assert few.classes == few_val.classes == list(names)
             assert paths(few_val) == [path for path in val if path[0] in names]
@@ -813,7 +814,7 @@ def test_a_fraction_is_the_same_part_everywhere_and_never_held_out(tmp_path):
             assert whole.setdefault((classes, share), paths(few)) == paths(few)  # in a tar too
             assert share == 0.01 or set(whole[classes, 0.01]) <= set(paths(few))
     with pytest.raises(ValueError, match="--classes-fraction 0.1 leaves a, of which no image val"):
-        sources.take_fractions(both[0], both[1].subset(both[1].labels > 0), 0.1, 1)
+        splits.take_fractions(both[0], both[1].subset(both[1].labels > 0), 0.1, 1)
 
 
 def test_a_model_of_a_fraction_is_scored_on_its_classes_wherever_they_lie(tmp_path):
@@ -847,7 +848,7 @@ def test_a_model_of_a_fraction_is_scored_on_its_classes_wherever_they_lie(tmp_pa
         assert scored(place) == ("12 images of classes that the model does not know are left out",
                                  both), place
     assert scored("alone") == (None, both)
-    held = sources.open_data(str(tmp_path / "bare"), HW, val_share=0.3)[1]
+    held = splits.open_data(str(tmp_path / "bare"), HW, val_share=0.3)[1]
     assert scored("bare", val_share=0.3)[1] == [
         name[2:] for name in map(held.name, range(len(held))) if name[0] in "ab"] != both
     with pytest.raises(ValueError, match="2 only in .*folders: c, d"):
@@ -1273,7 +1274,7 @@ def test_digits_are_written_as_a_folder_to_train_on(tmp_path, capsys):
     folder = tmp_path / "new" / "digits"
     samples.main(["digits", str(folder), "--size", "24"])
     assert re.search("train: 1,438 images.*val: 359 images", capsys.readouterr().out)
-    train, val = sources.open_data(str(folder), HW)
+    train, val = splits.open_data(str(folder), HW)
     assert (len(train), len(val)) == (1438, 359) and train.classes == list("0123456789")
     for i, source in ((3, train), (1796, train), (4, val), (1794, val)):
         ending = "jpg" if source is val else "png"

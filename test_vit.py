@@ -46,7 +46,7 @@ import parallel
 import recipes
 import resume
 import samples
-import sources
+import splits
 import train
 import weights as weights_module
 from augment import loss_sum, soft_targets
@@ -122,7 +122,8 @@ class Operations(TorchDispatchMode):
 # What each file may import of the others, from the first page of the book to the last.
 MAY_IMPORT = {
     "flags": "", "configs": "flags", "recipes": "flags configs", "parallel": "configs",
-    "samples": "configs", "tars": "", "archives": "tars", "sources": "samples tars archives",
+    "samples": "configs", "tars": "", "archives": "tars", "sources": "tars archives",
+    "splits": "samples tars archives sources",
     "model": "configs parallel",
     "augment": "configs", "pixels": "augment",
     "resample": "", "device_views": "configs sources augment pixels resample",
@@ -133,16 +134,16 @@ MAY_IMPORT = {
     "meter": "configs parallel data", "watch": "",
     "runtime": "configs parallel model augment data meter watch",
     "figures": "",
-    "evaluate": "flags configs parallel model archives sources augment data device_views "
+    "evaluate": "flags configs parallel model archives sources splits augment data device_views "
                 "checkpoint plan meter runtime figures weights",
     "hub": "flags", "nemo_file": "", "formats": "flags configs nemo_file",
     "export": "configs model checkpoint",
     "weights": "flags configs recipes parallel model checkpoint hub nemo_file formats export",
-    "train": "flags configs recipes parallel model archives sources augment data device_views "
+    "train": "flags configs recipes parallel model archives splits augment data device_views "
              "checkpoint saver resume memory plan meter runtime evaluate weights report",
     "report": "flags configs parallel model augment checkpoint runtime evaluate figures",
     "kernels": "configs parallel model", "peer": "configs parallel model",
-    "benchmark": "configs recipes parallel model sources augment data device_views checkpoint "
+    "benchmark": "configs recipes parallel model splits augment data device_views checkpoint "
                  "memory plan meter runtime train"}
 
 
@@ -1615,7 +1616,7 @@ def test_losses_equal_a_plain_pytorch_loop(flags, tmp_path):
     relative, fp32 (Adam lets rounding grow; 1.03e-5 seen)."""
     lines, _, _ = run_training(tmp_path, *flags)
     config, vit, _ = parse_run(TrainConfig, [*TRAIN_FLAGS, *map(str, flags)])
-    train_set, _ = sources.open_data("shapes", vit.image_hw)
+    train_set, _ = splits.open_data("shapes", vit.image_hw)
     order = data.order(len(train_set), config.seed, 0)
 
     def batch(step):
@@ -1667,7 +1668,7 @@ def test_a_strong_recipe_is_torchvisions_in_every_layout_and_over_a_resume(tmp_p
     generator being that of (seed, view, index), within 2e-5 relative as above. Every layout and
     accumulation, and a resume at another layout and with workers, within 1e-5 of one process."""
     config, vit, _ = parse_run(TrainConfig, [*TRAIN_FLAGS, *map(str, STRONG)])
-    train_set, _ = sources.open_data("shapes", vit.image_hw)
+    train_set, _ = splits.open_data("shapes", vit.image_hw)
     order, bicubic = data.order(len(train_set), 0, 0), v2.InterpolationMode.BICUBIC
     view = v2.Compose([
         v2.PILToTensor(), v2.RandomResizedCrop(16, interpolation=bicubic),
@@ -1893,7 +1894,7 @@ def test_validation_and_evaluation_score_the_average_over_a_resume(tmp_path):
         vit, facts = weights_module.whole_model(both[1], "part")
         model = ViT(vit).eval()
         model.load_state_dict(both[1].tensors)
-        val_set = sources.open_data("shapes", vit.image_hw)[1]
+        val_set = splits.open_data("shapes", vit.image_hw)[1]
         views, labels = zip(*map(val_set.load, range(80)), strict=True)
         images = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
         images = augment.normalize(images, facts["mean"], facts["std"], torch.float32)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from PIL import Image
 
 import parallel
-import sources
+import splits
 import train
 from configs import TrainConfig, ViTConfig, stable_seed
 from model import ViT
@@ -214,7 +214,7 @@ def run_training(output, *flags, world=1, check=True):
 def train_main(argv):
     """train.main; of the drawn validation images only 80, since evaluation has its own tests."""
     config, vit, _ = parse_run(TrainConfig, argv)
-    train_set, val_set = sources.open_data(config.data, vit.image_hw, config.val_labels)
+    train_set, val_set = splits.open_data(config.data, vit.image_hw, config.val_labels)
     few = Few(val_set, 80) if config.data == "shapes" else val_set
     train.main(argv, (train_set, few))
 

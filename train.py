@@ -53,7 +53,7 @@ from runtime import (
     user_errors,
 )
 from saver import Saver
-from sources import open_data, take_fractions
+from splits import open_data, take_fractions
 
 
 # ----------------------------------------------------------------------------- one step
