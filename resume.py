@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from. An output directory has one writer and one line of training.
+"""What a run begins from: which checkpoint, if any. An output directory has one writer and one line.
 
     OUTPUT/.lock                      held by the process that writes here, as long as it lives
     OUTPUT/abandoned/step_00002000    a checkpoint later than the one that a run was resumed from
@@ -15,7 +15,10 @@ import re
 import shutil
 import socket
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from checkpoint import (
     check_writable,
@@ -31,6 +34,23 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+
+@dataclass
+class Start:
+    """What a run begins from: checkpoints to resume, or full weights by name, or neither."""
+    candidates: list[Path] = field(default_factory=list)  # the first that is not damaged
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    news: list[str] = field(default_factory=list)  # lines for the log
+    begun_from: str | None = None  # the --resume PATH that this line of training began with
+    resume: Path | None = None     # of the candidates the one that was loaded
+    meta: dict = field(default_factory=dict)  # its meta.json
+    locks: list = field(default_factory=list)  # on rank 0, held until the process ends
+
+    def give_up(self) -> None:
+        """A run that is refused leaves --output-dir as it found it."""
+        for lock in self.locks:
+            leave_output(lock)
 
 
 def check_room(output: Path, need: int, limit: float = math.inf) -> list[str]:

@@ -18,7 +18,6 @@ import importlib
 import math
 import os
 import sys
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from meter import Meter
 from parallel import Grid
 from plan import dry_run, plan_batch, run_length
 from recipes import FINE_TUNING, RECIPES, parse_run
+from resume import Start
 from runtime import (
     Run,
     build_model,
@@ -93,7 +93,7 @@ def train_step(run: Run, model, optimizer, batches, lr: float) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------- the loop
-def train(run: Run, model, optimizer, saver: Saver, start: "Start", train_set, val_set) -> None:
+def train(run: Run, model, optimizer, saver: Saver, start: Start, train_set, val_set) -> None:
     """Trains from run.start_step to run.total_steps, or to a signal; logs, evaluates, saves."""
     config, step, result = run.config, run.start_step, start.meta.get("result")
     run.log.open(Path(config.output_dir), step, run.total_steps, config.tensorboard,
@@ -137,7 +137,7 @@ def due(interval: int, step: int, run: Run) -> bool:
     return step == run.total_steps or bool(interval) and step % interval == 0
 
 
-def facts(run: Run, start: "Start", meter: Meter, train_set, step: int,
+def facts(run: Run, start: Start, meter: Meter, train_set, step: int,
           result: dict | None) -> dict:
     """What a checkpoint's meta.json tells of the run; result: of an evaluation of this step."""
     return dict(images_seen=run.images_seen(step), total_steps=run.total_steps,
@@ -231,23 +231,6 @@ def open_images(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid, so
         raise ValueError(f"--data {config.data} has {len(train_set)} training images, fewer "
                          f"than one --global-batch-size {config.global_batch_size}")
     return train_set, val_set, dataclasses.replace(vit, num_classes=count)
-
-
-@dataclass
-class Start:
-    """What a run begins from: checkpoints to resume, or full weights by name, or neither."""
-    candidates: list[Path] = field(default_factory=list)  # the first that is not damaged
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    news: list[str] = field(default_factory=list)  # lines for the log
-    begun_from: str | None = None  # the --resume PATH that this line of training began with
-    resume: Path | None = None     # of the candidates the one that was loaded
-    meta: dict = field(default_factory=dict)  # its meta.json
-    locks: list = field(default_factory=list)  # on rank 0, held until the process ends
-
-    def give_up(self) -> None:
-        """A run that is refused leaves --output-dir as it found it."""
-        for lock in self.locks:
-            resume.leave_output(lock)
 
 
 def open_output(config: TrainConfig, grid: Grid, start: Start) -> None:
