@@ -1,4 +1,4 @@
-"""What a run begins from: which checkpoint, if any. An output directory has one writer and one line.
+"""What a run begins from. An output directory has one writer and one line of training.
 
     OUTPUT/.lock                      held by the process that writes here, as long as it lives
     OUTPUT/abandoned/step_00002000    a checkpoint later than the one that a run was resumed from
