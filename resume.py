@@ -45,12 +45,12 @@ class Start:
     begun_from: str | None = None  # the --resume PATH that this line of training began with
     resume: Path | None = None     # of the candidates the one that was loaded
     meta: dict = field(default_factory=dict)  # its meta.json
-    locks: list = field(default_factory=list)  # on rank 0, held until the process ends
+    locks: list = field(default_factory=list)  # on rank 0, held to the end, and what came with it
 
     def give_up(self) -> None:
         """A run that is refused leaves --output-dir as it found it."""
-        for lock in self.locks:
-            leave_output(lock)
+        for _, made in self.locks:
+            leave_output(made)
 
 
 def check_room(output: Path, need: int, limit: float = math.inf) -> list[str]:
@@ -89,6 +89,8 @@ def claim_output(output: Path) -> tuple:
     try:
         if fcntl is not None:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(lock.fileno()).st_nlink:  # a refused run has removed it meanwhile
+                return claim_output(output)
     except (BlockingIOError, PermissionError):
         lock.seek(0)
         raise ValueError(f"--output-dir {output} is being written by {lock.read().strip()}; give "
@@ -109,19 +111,22 @@ def claim_output(output: Path) -> tuple:
     return lock, lines
 
 
-def leave_output(lock) -> None:
-    """Undoes claim_output for a run that is refused; an output directory of other files stays."""
-    output = Path(lock.name).parent
+def leave_output(made: list[Path]) -> None:
+    """Undoes claim_output for a run that is refused: removes what it `made`, but for a folder with
+    other files."""
     with contextlib.suppress(OSError):  # what is not empty ends it
-        (output / "checkpoints").rmdir()
-        os.remove(lock.name)
-        output.rmdir()
+        for path in made:
+            path.unlink() if path.name == ".lock" else path.rmdir()
 
 
 def open_output(output_dir: str, resume: str, locks: list) -> tuple[list[Path], list[str]]:
-    """claim_output, whose lock goes to `locks`, then find_resume, with the lines of both."""
-    lock, lines = claim_output(Path(output_dir))
-    locks.append(lock)
+    """claim_output, whose lock goes to `locks` with what leave_output is to remove, then
+    find_resume, with the lines of both."""
+    output = Path(output_dir)
+    made = [path for path in (output / "checkpoints", output / ".lock", output)
+            if not path.exists()]
+    lock, lines = claim_output(output)
+    locks.append((lock, made))
     found, more = find_resume(output_dir, resume)
     return found, lines + more
 

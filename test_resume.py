@@ -276,6 +276,34 @@ def test_a_checkpoint_names_no_file_outside(key, optimizer, tmp_path):
 
 
 # ----------------------------------------------------------------------------- one writer, one line
+def test_a_refused_run_leaves_the_folders_that_were_there(tmp_path):
+    """What it made goes; a folder that was there stays though empty, as do files of others."""
+    def refused(*there):
+        for path in there:
+            (tmp_path / path).mkdir(parents=True)
+        with pytest.raises(ValueError, match="is no directory"):
+            resume.open_output(str(tmp_path / "out"), "nowhere", locks := [])
+        return locks[0][1]
+    for there in ((), ("out",), ("out/checkpoints",)):
+        resume.leave_output(refused(*there))
+        assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == (
+            ["out", *there] if there == ("out/checkpoints",) else [*there])
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    made = refused()
+    (tmp_path / "out/index.npz").write_text("")
+    resume.leave_output(made)
+    assert names(tmp_path / "out") == ["index.npz"]
+
+
+def test_a_lock_that_a_refused_run_removes_is_made_anew(tmp_path, monkeypatch):
+    """Between another run's open and its claim: that lock is of no name and would guard nothing."""
+    lockf, gone = resume.fcntl.lockf, [tmp_path / ".lock"]
+    monkeypatch.setattr(resume.fcntl, "lockf", lambda lock, how: (
+        gone and os.remove(gone.pop()), lockf(lock, how)))
+    lock, _ = resume.claim_output(tmp_path)
+    assert os.path.samestat(os.fstat(lock.fileno()), os.stat(tmp_path / ".lock"))
+
+
 def _claim(folder):
     try:
         held = resume.claim_output(Path(folder))
