@@ -305,9 +305,10 @@ class Ahead:
     def __init__(self, batches, make, device: torch.device):
         self.batches = batches  # workers end with it, in the thread that started them
         self.results, stop, turn = queue.Queue(THREADS), threading.Event(), threading.Lock()
+        streams = [take_stream(device) for _ in range(THREADS)] if device.type == "cuda" else [None]
         threads = [threading.Thread(target=_work, name="device views", daemon=True,
-                                    args=(batches, make, device, self.results, stop, turn, k))
-                   for k in range(THREADS if device.type == "cuda" else 1)]
+                                    args=(batches, make, device, self.results, stop, turn, stream))
+                   for stream in streams]
         for thread in threads:
             thread.start()
         self.close = weakref.finalize(self, _end, threads, self.results, stop)  # also at exit
@@ -328,13 +329,21 @@ class Ahead:
         return batch
 
 
-@functools.cache
-def stream(device: torch.device, k: int):
-    """Of the k-th thread: small kernels, which else would each wait for large ones of training."""
-    return torch.cuda.Stream(device, priority=-1)
+STREAMS: list[tuple] = []  # (device, stream) that no thread has now
 
 
-def _work(batches, make, device: torch.device, results: queue.Queue, stop, turn, k) -> None:
+def take_stream(device: torch.device):
+    """One that no other thread has, as decoding waits for the kernels of its own stream alone
+    before it takes memory of that stream; used again, since memory stays with it. Its small kernels
+    would else each wait for large ones of the training."""
+    free = next((one for one in STREAMS if one[0] == device), None)
+    if free is None:
+        return torch.cuda.Stream(device, priority=-1)
+    STREAMS.remove(free)
+    return free[1]
+
+
+def _work(batches, make, device: torch.device, results: queue.Queue, stop, turn, stream) -> None:
     begun = device.type != "cuda"
     while not stop.is_set():
         result = Future()
@@ -344,14 +353,16 @@ def _work(batches, make, device: torch.device, results: queue.Queue, stop, turn,
                 batch = next(batches)
             if not begun:
                 torch.cuda.set_device(device)
-                torch.cuda.set_stream(stream(device, k))
+                torch.cuda.set_stream(stream)
                 begun = True
             made = make(*batch)
             result.set_result(made)
             del batch, made
         except BaseException as e:  # StopIteration too
             result.set_exception(e)
-            return
+            break
+    if stream is not None:
+        STREAMS.append((device, stream))
 
 
 def _end(threads: list[threading.Thread], results: queue.Queue, stop: threading.Event) -> None:

@@ -5,6 +5,7 @@ stands in for them, and its pixels are Pillow's.
 """
 
 import io
+import itertools
 import json
 import os
 import random
@@ -332,6 +333,7 @@ def test_what_fails_in_the_thread_is_raised_and_nothing_stays(folder, on_device,
         next(stream)
     with pytest.raises(StopIteration):
         next(stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: 0)
     stream = device_views.Ahead(iter([(1,)]), None, SimpleNamespace(type="cuda"))
     with pytest.raises(Exception, match="device|CUDA|cuda"):  # no such device
         next(stream)
@@ -354,6 +356,26 @@ def test_batches_stay_in_order_whichever_thread_is_first(monkeypatch):
     stream = device_views.Ahead(iter([(i,) for i in range(6)]), make, device)
     real(target=threads[0]["target"], args=threads[0]["args"], daemon=True).start()  # a second one
     assert [i for _, i in stream] == list(range(6)) and at_once != list(range(1, 7))
+
+
+def test_no_two_threads_share_a_stream(monkeypatch):
+    """Those of an evaluation while training's are still ahead: memory that one gave back could be
+    decoded into while the other's kernels read it. What has ended hands its streams on."""
+    made, used, device = [], [], SimpleNamespace(type="cuda")
+    monkeypatch.setattr(device_views, "STREAMS", [])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: made.append(0) or len(made))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", used.append)
+
+    def ahead(batches):
+        return device_views.Ahead(((torch.tensor(i),) for i in batches), lambda x: (x,), device)
+    training = ahead(itertools.count())
+    next(training)
+    for _ in range(2):
+        assert len(list(ahead(range(8)))) == 8
+    training.close()
+    assert len(made) == 4 and {1, 2} & set(used) and {3, 4} & set(used)
+    assert sorted(stream for _, stream in device_views.STREAMS) == [1, 2, 3, 4]
 
 
 def test_decode_says_who_decodes_or_why_it_cannot(folder, monkeypatch):
