@@ -218,7 +218,7 @@ class Loader(Checked):
     pin_memory: bool = flag(True, "page-locked host batches (on CUDA)")
     decode: Literal["auto", "cpu", "gpu"] = flag(
         "auto", "who makes the views of JPEG files; cpu: workers; gpu: they read files, the GPU "
-        "decodes, crops, augments; auto: the GPU, where it has JPEG engines")
+        "decodes, crops, augments; auto: gpu with JPEG engines, not for small batches")
 
 
 @dataclass(frozen=True)

@@ -224,12 +224,13 @@ def open_images(config: TrainConfig, vit: ViTConfig, given: dict, grid: Grid, so
     if given.get("num_classes", count) != count:
         raise ValueError(f"--num-classes {vit.num_classes}, but --data {config.data} has {count} "
                          f"classes; leave the flag out")
+    part = f" ({train_set.told})" if getattr(train_set, "told", None) else ""
     if count == 1:
         raise ValueError(f"--data {config.data} has one class alone, {train_set.classes[0]}: there "
-                         f"is nothing to tell apart; give each class a folder")
+                         f"is nothing to tell apart; give each class a folder{part}")
     if len(train_set) < config.global_batch_size:
         raise ValueError(f"--data {config.data} has {len(train_set)} training images, fewer "
-                         f"than one --global-batch-size {config.global_batch_size}")
+                         f"than one --global-batch-size {config.global_batch_size}{part}")
     return train_set, val_set, dataclasses.replace(vit, num_classes=count)
 
 
