@@ -591,6 +591,8 @@ def test_hugging_faces_names_come_from_its_cache(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="^hf:some/other: it cannot be downloaded .*; put "
                        "config.json, .*model.safetensors of https://huggingface.co/some/o"):
         weights.read_weights("hf:some/other")
+    with pytest.raises(ValueError, match="^hf: there is no such file"):  # a folder's name
+        weights.read_weights("hf")
 
 
 def test_weights_load_by_layout_and_only_a_head_of_another_size_is_new(tmp_path):

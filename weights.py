@@ -73,7 +73,8 @@ def read_weights(path: str | Path, image_size: int | tuple[int, int] | None = No
     the average, if it has one. Raises ValueError for a file that cannot be read, is no ViT, or is
     not complete.
     """
-    library, _, name = str(path).partition(":")
+    library, colon, name = str(path).partition(":")
+    library = library if colon else None  # a folder may be called hf
     file = None if library in hub.LIBRARIES else find_file(Path(path))
     try:
         if library == "hf":
