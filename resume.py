@@ -48,7 +48,7 @@ class Start:
     locks: list = field(default_factory=list)  # on rank 0, held to the end, and what came with it
 
     def give_up(self) -> None:
-        """A run that is refused leaves --output-dir as it found it."""
+        """A run that is refused leaves --output-dir as it was, but for an index of tars."""
         for _, made in self.locks:
             leave_output(made)
 
