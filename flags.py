@@ -121,8 +121,11 @@ def read_flags(classes, argv: list[str] | None = None) -> dict:
         flags = [flag_name(f.name) for f in all_fields if f.default is not dataclasses.MISSING]
         odd = rest[0].split("=")[0]
         if not odd.startswith("-"):
-            parser.error(f"{odd!r} belongs to no flag: one before it takes no value, or no more")
-        near = ([flag for flag in flags if flag.endswith(odd.lstrip("-"))]
+            parser.error(f"{odd!r} belongs to no flag: none before it takes a value, or more")
+        words = odd.lstrip("-")
+        near = ([flag for flag in flags if flag.endswith(words)]
+                or [flag_name(f.name) for f in all_fields
+                    if "-" in words and words.replace("-", " ") in f.metadata["help"]]
                 or difflib.get_close_matches(odd, flags, 1, 0))
         parser.error(f"unknown flag {odd}; did you mean {' or '.join(near)}?")
     return vars(known)

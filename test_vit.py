@@ -264,9 +264,11 @@ def test_an_unknown_flag_names_the_nearest(program):
 @pytest.mark.parametrize("flag, meant", [
     ("--batch-size", "--micro-batch-size or --global-batch-size"), ("--beta2", "--adam-beta2"),
     ("--batch-size=64", "--micro-batch-size or --global-batch-size"),
+    ("--learning-rate", "--lr or --min-lr"),
     ("--hidden", "--hidden-size"), ("--hidden-dropuot", "--hidden-dropout")])
 def test_a_flag_of_another_name_is_found(flag, meant, capsys):
-    """Words that a flag ends with are nearer than letters: --batch-size, as others call it."""
+    """Words that a flag ends with, as in --batch-size, or else that its help has, as in
+    --learning-rate, are nearer than letters."""
     with pytest.raises(SystemExit) as stop:
         parse_run(TrainConfig, [flag, "64"])
     assert stop.value.code == 2 and f"did you mean {meant}?" in capsys.readouterr().err
