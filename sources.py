@@ -219,7 +219,7 @@ def scan_flat(root, split: str, label_of: dict[str, str] | None = None,
         root, name = os.path.split(folder)
         source = ImageFolder(root, "", [], os.fsencode(name), [len(os.fsencode(name))], [0])
     elif not os.path.isdir(folder):
-        raise ValueError(f"no folder {folder}")
+        raise ValueError(f"no folder {folder}, nor an image or a tar of that name")
     else:
         paths = sorted(_image_paths(folder))
         if not paths:

@@ -98,7 +98,8 @@ def find_file(path: Path) -> Path:
 def open_file(path: Path, which: str | None = None) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors of a file or checkpoint under their own names, and what it tells of TOLD."""
     if not path.exists():
-        raise ValueError("there is no such file")
+        raise ValueError("there is no such file; by name: timm:NAME, torchvision:NAME, "
+                         "hf:ORG/NAME")
     if not (path.is_dir() or path.name in hub.FILES
             or path.suffix in (".pt", ".pth", ".bin", ".safetensors", ".npz", ".nemo")):
         raise ValueError("its name must end in .pt, .pth, .bin, .safetensors, .npz or .nemo, or it "
