@@ -329,7 +329,7 @@ class Step(Compute):
 # ----------------------------------------------------------------------------- one command each
 @dataclass(frozen=True)
 class TrainConfig(Step, Loader):
-    """train.py: one run."""
+    """train.py: trains a ViT, from nothing, from weights, or on from a checkpoint."""
 
     data: str = flag("shapes", "folder with train/CLASS/* and val/CLASS/*, or with CLASS/* alone. "
                      "Or with tars of them, *train*.tar and *val*.tar: ILSVRC2012's, WebDataset's "
@@ -375,8 +375,9 @@ class TrainConfig(Step, Loader):
 
 @dataclass(frozen=True)
 class BenchmarkConfig(Step, Loader):
-    """benchmark.py: the time of training steps."""
+    """benchmark.py: times training steps."""
 
+    recipe: str = flag("pretrain", "one of recipes.py")
     steps: int = flag(20, "steps to time", POSITIVE)
     global_batch_size: int | None = flag(None, "images of one step (default: one micro-batch on "
                                          "every replica)", POSITIVE)
@@ -391,7 +392,7 @@ class BenchmarkConfig(Step, Loader):
 
 @dataclass(frozen=True)
 class EvalConfig(Untold, Compute, Loader):
-    """evaluate.py: scores or predicts."""
+    """evaluate.py: scores images whose classes are known, or predicts those of others."""
 
     checkpoint: str | None = flag(None, "weights: an output directory or checkpoint of this "
                                   "program, or a file that --init-from takes")

@@ -196,8 +196,13 @@ def write_predictions(run: Run, table: Predictions, source, names: list[str], ou
     if shown:
         sheet = contact_sheet(shown)
         write_atomically(out / "predictions.png", lambda file: sheet.save(file, "PNG"))
+    else:  # an older one shows other images
+        (out / "predictions.png").unlink(missing_ok=True)
     run.log.print(f"{len(rows):,} images, {sum(len(row) == 1 for row in rows):,} unreadable: "
                   f"{out / 'predictions.csv'}" + (f", {out / 'predictions.png'}" if shown else ""))
+    if shown and len(rows) == 1:
+        run.log.print(", ".join(f"{name} {100 * share:.1f} %" for name, share in zip(
+            rows[0][1::2], rows[0][2::2])))
 
 
 def class_names(classes: tuple[str, ...] | None, count: int) -> list[str]:
@@ -277,7 +282,7 @@ def open_model(config: EvalConfig, grid: Grid, device: torch.device) -> tuple:
                       f"{len(images):,} images are scored")
     elif share:
         run.log.print(f"{config.data} has no val: {len(images):,} of its images, --val-share "
-                      f"{share} (of its own, training held out {trained}); all: --val-share 1")
+                      f"{share} (training held out {trained} of its own); all: --val-share 1")
     if getattr(images, "told", None):
         run.log.print(images.told)
     run.log.print(f"images {' x '.join(map(str, vit.image_hw))} px, crop ratio {config.crop_ratio},"

@@ -121,7 +121,8 @@ def read_flags(classes, argv: list[str] | None = None) -> dict:
         flags = [flag_name(f.name) for f in all_fields if f.default is not dataclasses.MISSING]
         odd = rest[0].split("=")[0]
         if not odd.startswith("-"):
-            parser.error(f"{odd!r} belongs to no flag: none before it takes a value, or more")
+            parser.error(f"{odd!r} belongs to no flag: none is before it, or one that takes no "
+                         f"value, or no more")
         words = odd.lstrip("-")
         near = ([flag for flag in flags if flag.endswith(words)]
                 or [flag_name(f.name) for f in all_fields

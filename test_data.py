@@ -768,7 +768,7 @@ def test_a_model_is_scored_on_what_its_training_held_out(tmp_path):
                            "--output-dir", tmp_path / "scores", *flags)
     output = scored()
     assert f"validation {told}" in output and (
-        f"{held} of its images, --val-share 0.3 (of its own, training held out 0.3)" in output)
+        f"{held} of its images, --val-share 0.3 (training held out 0.3 of its own)" in output)
     assert "on 100 images" in scored("--val-share", 1)
     (place / seen.name(0)).unlink()  # not training's images: it is taken to have seen none
     output = scored()

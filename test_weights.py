@@ -1105,14 +1105,16 @@ def test_predictions_are_the_same_table_for_any_split(tmp_path, trained):
     assert best == sorted(best, reverse=True) and 0 < sum(best) <= 1.001
     with Image.open(tmp_path / "out/predictions.png") as sheet:
         assert sheet.size == (6 * 188 + 12, 4 * 232 + 12)
-    assert "error: none of the 1 images can be read" in run_command(
-        evaluate.main, "--predict", images / "broken.jpg", "--checkpoint", trained, "--output-dir",
-        tmp_path / "none", code=1)
     one = run_command(evaluate.main, "--predict", images / "red star/003.png", "--checkpoint",
                       trained, "--output-dir", tmp_path / "one")
-    assert "1 images, 0 unreadable" in one
+    share = re.search(rf"^{rows['red star/003.png'][0]} ([\d.]+) %, ", one, re.M)[1]
+    assert "1 images, 0 unreadable" in one and abs(float(share) / 100 - best[0]) < 1e-3
     assert (tmp_path / "one/predictions.csv").read_text().splitlines()[1].split(",")[1:] == [
         *rows["red star/003.png"]]
+    assert "error: none of the 1 images can be read" in run_command(
+        evaluate.main, "--predict", images / "broken.jpg", "--checkpoint", trained, "--output-dir",
+        tmp_path / "one", code=1)
+    assert os.listdir(tmp_path / "one") == ["predictions.csv"]  # no picture of another image
 
 
 def test_results_go_to_the_run_that_is_evaluated(tmp_path):
@@ -1171,7 +1173,8 @@ def test_flags_that_contradict_or_have_no_effect_are_errors(flags, message):
     (EvalConfig, "--precision bf16-O2-fp8", "--precision: invalid choice: 'bf16-O2-fp8'"),
     (ConvertConfig, "in out --data d", "unknown flag --data"),
     (TrainConfig, "--checkpoint x", "unknown flag --checkpoint"),
-    (TrainConfig, "--wandb foo", "'foo' belongs to no flag: one before it takes no value, or no"),
+    (TrainConfig, "--wandb foo", "'foo' belongs to no flag: none is before it, or one that"),
+    (TrainConfig, "foo", "'foo' belongs to no flag: none is before it"),
 ])
 def test_flags_of_another_command_are_unknown(capsys, command, flags, words):
     """fp8 is for training: a --precision of training alone."""
