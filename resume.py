@@ -22,6 +22,7 @@ import torch
 
 from checkpoint import (
     check_writable,
+    complete_checkpoints,
     incomplete_reason,
     newest_checkpoint,
     read_meta,
@@ -158,8 +159,9 @@ def find_resume(output_dir: str, resume: str) -> tuple[list[Path], list[str]]:
         return line, [*lines, f"--resume {resume} is where the checkpoints in {own} came from, and "
                       f"they go on; to begin there again, give another --output-dir"]
     if not path.is_dir():
+        there = ", ".join(c.name for c in complete_checkpoints(path.parent)[-5:])
         raise ValueError(f"--resume {resume} is no directory; give a checkpoint, an output "
-                         f"directory, auto or none")
+                         f"directory, auto or none" + (f"; newest: {there}" if there else ""))
     path = newest_checkpoint(path)
     if found and path.resolve().parent != own.resolve():
         raise ValueError(f"--resume {resume} would mix its line with the other checkpoints in {own}"
