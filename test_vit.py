@@ -1537,7 +1537,7 @@ def test_a_run_resumes_from_the_newest_complete_checkpoint(damaged, tmp_path):
     assert resume.find_resume(str(tmp_path / "new"), "none") == ([], [])
     for path, words in [("none", "would mix a new run"), (str(four), "not a complete checkpoint"),
                         (str(tmp_path / "no"), "is no directory; .*, auto or none$"),
-                        (str(four.parent / "step_00000009"), f"; newest: {one.name}, {five.name}$")]:
+                        (str(four.parent / "step_00000009"), f"newest: {one.name}, {five.name}$")]:
         with pytest.raises(ValueError, match=words):
             resume.find_resume(str(tmp_path), path)
 
