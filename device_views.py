@@ -61,7 +61,7 @@ def choose(config, source, device: torch.device, batch: int) -> tuple[bool, str]
 
     auto: where it can be, but for small batches where cores are many. The trainer's Python launches
     a batch's operations in 20 ms, whatever its size: on 16 cores of an H100's machine Ti/16 at 64
-    keeps 72 % of its rate by the GPU, 96 by the cores; B/16 at 512 95 and 71, with 4 cores 96, 18.
+    keeps 72 % of its rate by the GPU, 96 by the cores; B/16 at 512 95 and 71, by 4 cores 93 and 18.
     """
     if config.decode == "cpu":
         return False, "decode cpu"
@@ -80,7 +80,7 @@ def engine(device: torch.device) -> str | None:
     """Why the device decodes no JPEG, or None."""
     if device.type != "cuda":
         return "no CUDA device"
-    if int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", 8)) < 32:  # configs.py sets it
+    if int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") or 8) < 32:  # configs.py sets it
         return "CUDA_DEVICE_MAX_CONNECTIONS is below 32, so that decoding would wait for training"
     import torchvision.io  # noqa: F401  brings nvJPEG along
     maps = Path("/proc/self/maps")
