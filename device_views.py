@@ -19,6 +19,7 @@ goes through Pillow, and what that cannot read gets label -100 and stays black, 
 
 import contextlib
 import ctypes
+import faulthandler
 import functools
 import io
 import itertools
@@ -26,11 +27,12 @@ import math
 import os
 import queue
 import re
+import sys
 import threading
 import time
 import warnings
 import weakref
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +53,7 @@ GROUP = 64            # images decoded and resized together at most, so that mem
 MOST_PIXELS = 1 << 26  # and pixels: of the decoded images, and of their windows as they are padded
 THREADS = 2           # that make batches, on a GPU
 SMALL, MANY_CORES = 128, 12  # of a batch; of a GPU
+PATIENCE = 120        # seconds
 ORIENTATION = 0x0112  # EXIF's tag
 
 
@@ -320,7 +323,12 @@ class Ahead:
         if not self.close.alive:
             raise StopIteration
         try:
-            batch = self.results.get().result()
+            made = self.results.get()
+            if not wait([made], PATIENCE).done:  # a decoder that hangs would else say nothing
+                print(f"no batch of views for {PATIENCE} s; where all threads are:",
+                      file=sys.stderr, flush=True)
+                faulthandler.dump_traceback()
+            batch = made.result()
         except BaseException:
             self.close()
             raise

@@ -11,6 +11,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -404,6 +406,28 @@ def test_decode_says_who_decodes_or_why_it_cannot(folder, monkeypatch):
     assert not choose("auto", Few(shapes, 3))[0]
     output = run_command(train.main, "--decode", "gpu", "--output-dir", folder / "no", code=2)
     assert "--decode gpu is impossible" in output and "step" not in output
+
+
+def test_queues_are_asked_for_before_cuda_starts():
+    """recipes.py asks for a GPU as it is imported, which starts CUDA: the variable, which is read
+    then, is there."""
+    script = ("import os, torch; torch.cuda.is_available = lambda: "
+              "print(os.environ['CUDA_DEVICE_MAX_CONNECTIONS']); import recipes")
+    given = {k: v for k, v in os.environ.items() if k != "CUDA_DEVICE_MAX_CONNECTIONS"}
+    seen = subprocess.run([sys.executable, "-c", script], env=given, text=True, timeout=100,
+                          cwd=os.path.dirname(__file__), capture_output=True).stdout
+    assert set(seen.split()) == {"32"}
+
+
+def test_a_batch_that_does_not_come_says_where_it_is(monkeypatch, capfd):
+    """Of one process no watch says so: the stacks name what the thread is in; then it goes on."""
+    def stuck_in_the_decoder():
+        time.sleep(0.5)
+        return torch.tensor(7), None
+    monkeypatch.setattr(device_views, "PATIENCE", 0.1)
+    [(batch, _)] = device_views.Ahead(iter([()]), stuck_in_the_decoder, CPU)
+    told = capfd.readouterr().err
+    assert batch == 7 and "no batch of views for 0.1 s" in told and "stuck_in_the_decoder" in told
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="workers share memory elsewhere")
