@@ -122,7 +122,8 @@ def loader_rate(run: Run, timer: Timer, source, rate: float) -> None:
     stream = batches()
     timer.seconds(stream, WARM_UP)
     together = config.steps * config.global_batch_size / sum(timer.seconds(stream, config.steps))
-    _, decode = device_views.choose(config, source, run.device, run.local_batch)
+    _, decode = device_views.choose(config, source, run.device, run.local_batch,
+                                    config.augmentation)
     run.log.print(f"{config.data} with {config.num_workers} workers a process, augmentation "
                   f"{config.augmentation}, {decode}: loader alone {loader:,.1f} images/s, steps "
                   f"with it {together:,.1f} ({100 * together / rate:.1f} % of those without)")

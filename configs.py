@@ -217,8 +217,8 @@ class Loader(Checked):
     prefetch_factor: int = flag(4, "micro-batches that each worker holds ready", POSITIVE)
     pin_memory: bool = flag(True, "page-locked host batches (on CUDA)")
     decode: Literal["auto", "cpu", "gpu"] = flag(
-        "auto", "who makes the views of JPEG files; cpu: workers; gpu: they read files, the GPU "
-        "decodes, crops, augments; auto: gpu with JPEG engines, not for small batches")
+        "auto", "who makes the views of JPEG files; gpu: the GPU; cpu: workers (a GPU the "
+        "operations of large batches); auto: gpu with JPEG engines, not for small batches")
 
 
 @dataclass(frozen=True)

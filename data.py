@@ -20,8 +20,8 @@ A batch is images uint8 [b, 3, H, W], labels int64 [b], indices int64 [b] and dr
     label -100, index -1      padding of an evaluation batch, drawn black
 
 draws is a dict of rows float32 [b, ...], empty but in training: what the worker draws with the
-view's generator and leaves to the device, colour jitter and mixing (`augment.draws`). With
---decode gpu the device makes the pixels of JPEGs as well (`device_views`), and images are there.
+view's generator and leaves to the device, colour jitter and mixing (`augment.draws`). A GPU may
+do the operations as well, or make whole views of JPEGs (`device_views`): then images are there.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import device_views
-from augment import RandomView, draws, eval_transform, train_transform
+from augment import draws, eval_transform, train_transform
 from configs import stable_seed
 
 IGNORE = -100  # the default ignore_index of F.cross_entropy
@@ -153,7 +153,7 @@ def train_loader(source, config, image_hw: tuple[int, int], local_batch: int, ra
                   functools.partial(draws, config, image_hw))
     sampler = StreamSampler(len(source), config.seed, config.global_batch_size, local_batch,
                             rank, world, start_image, num_steps, config.repeated_augmentation)
-    return _loader(views, sampler, config, local_batch, world, device)
+    return _loader(views, sampler, config, local_batch, world, device, config.augmentation)
 
 
 def eval_loader(source, config, image_hw: tuple[int, int], batch: int, rank: int, world: int,
@@ -164,9 +164,9 @@ def eval_loader(source, config, image_hw: tuple[int, int], batch: int, rank: int
     return _loader(views, sampler, config, batch, world, device)
 
 
-def _loader(views: Views, sampler, config, batch: int, world: int, device):
-    """A DataLoader that leaves the global generators alone and outlives a SIGTERM; with --decode
-    gpu, DeviceViews of its files.
+def _loader(views: Views, sampler, config, batch: int, world: int, device, augmentation="none"):
+    """A DataLoader that leaves the global generators alone and outlives a SIGTERM; where the device
+    makes the views or does their operations, DeviceViews of its batches.
 
     Workers start with each iteration and end with it: training iterates once, and between
     evaluations idle workers would only hold memory. They are forked where Python can do so
@@ -176,15 +176,16 @@ def _loader(views: Views, sampler, config, batch: int, world: int, device):
     be.
     """
     device, source, workers = torch.device(device), views.source, config.num_workers
-    on_device, _ = device_views.choose(config, source, device, batch)
-    batch_bytes = 3 * batch * views.image_hw[0] * views.image_hw[1]
-    if on_device:
-        transform, batch_bytes = views.transform, device_views.batch_bytes(
-            source, batch, views.image_hw)
-        views.source, views.transform = device_views.Files(source), device_views.Numbers(transform)
-    elif isinstance(views.transform, RandomView) and hasattr(source, "read") and (
-            device_views.same_pixels()):
+    on_device, _ = device_views.choose(config, source, device, batch, augmentation)
+    transform, batch_bytes = views.transform, 3 * batch * math.prod(views.image_hw)
+    if on_device == "views":
+        views.source = device_views.Files(source)
+        batch_bytes = device_views.batch_bytes(source, batch, views.image_hw)
+    elif augmentation != "none" and hasattr(source, "read") and device_views.same_pixels():
         views.source = device_views.Files(source, device_views.decode_here)
+    if on_device:
+        views.transform = device_views.Numbers(transform)
+        views.black = device_views.Part(views.black, None)
     if workers:
         ranks_here = min(world, torch.cuda.device_count()) if device.type == "cuda" else world
         _check_shared_memory(ranks_here * workers * config.prefetch_factor, batch_bytes)

@@ -1,13 +1,13 @@
-"""Views of JPEG files made on the device, beside the training: decoded, resized, augmented.
+"""Views made on the device, beside the training: JPEG files decoded and resized, all augmented.
 
-A worker reads a file, looks at its header and draws the view's numbers (`augment.View`); threads
-of the trainer, on streams of their own, make the pixels of whole batches:
+A worker reads a file and draws the view's numbers (`augment.View`); threads of the trainer, on
+streams of their own, make the pixels of whole batches, or do what is left to do:
 
-    in a worker     bytes of plain JPEGs, of others (PNG, CMYK, progressive, turned by EXIF, cut
-                    short, huge) the finished view; end to end in one buffer, with the numbers
+    in a worker     bytes of plain JPEGs; others (PNG, CMYK, progressive, turned by EXIF, cut short,
+                    huge), or all, cropped, resized and flipped; in one buffer, with the numbers
     in the threads  decode            on the JPEG engines, by torchvision's nvJPEG
                     crop and resize   y = Wv (x Wh), as two kernels or two products of matrices
-                    operations        of each kind together: AutoAugment's, RandAugment's, ...
+                    operations        of each kind together: AutoAugment's, ...; then erasing
     in the trainer  uint8 [b, 3, H, W] on the device, as if a worker had made them
 
 The same numbers give the same view as `RandomView.apply` and `CentreView.apply`, but for rounding.
@@ -58,33 +58,43 @@ ORIENTATION = 0x0112  # EXIF's tag
 
 
 # ----------------------------------------------------------------------------- may it be used?
-def choose(config, source, device: torch.device, batch: int) -> tuple[bool, str]:
-    """(whether config.decode means the device, the choice and why, for the log). Raises ValueError
-    where it was asked for and cannot be. batch: images of a micro-batch.
+def choose(config, source, device, batch: int, augmentation="none") -> tuple[str | None, str]:
+    """(what the device makes: "views", "operations" on them or None; the choice and why, for the
+    log). Raises ValueError where --decode gpu cannot be. batch: images of a micro-batch.
 
-    auto: where it can be, but for small batches where cores are many. The trainer's Python launches
-    a batch's operations in 20 ms, whatever its size: on 16 cores of an H100's machine Ti/16 at 64
+    Unless told, nothing of small batches where cores are many. The trainer's Python launches a
+    batch's operations in 20 ms, whatever its size: on 16 cores of an H100's machine Ti/16 at 64
     keeps 72 % of its rate by the GPU, 96 by the cores; B/16 at 512 95 and 71, by 4 cores 93 and 18.
     """
-    if config.decode == "cpu":
-        return False, "decode cpu"
-    why_not = engine(device) if hasattr(source, "read") else "these images have no files"
-    if config.decode == "gpu" and why_not:
-        raise ValueError(f"--decode gpu is impossible: {why_not}; legal here: auto, cpu")
     cores = CORES // max(torch.cuda.device_count(), 1)
-    if config.decode == "auto" and not why_not and batch < SMALL and cores >= MANY_CORES:
-        why_not = f"quicker by {cores} cores for each GPU in batches of {batch}"
-    return not why_not, f"decode {config.decode}: " + (
-        f"cpu ({why_not})" if why_not else "gpu, views are made there")
+    small, told = batch < SMALL and cores >= MANY_CORES, f"decode {config.decode}"
+    if config.decode != "cpu":
+        why_not = engine(device) if hasattr(source, "read") else "these images have no files"
+        if config.decode == "gpu" and why_not:
+            raise ValueError(f"--decode gpu is impossible: {why_not}; legal here: auto, cpu")
+        if config.decode == "auto" and not why_not and small:
+            why_not = f"quicker by {cores} cores for each GPU in batches of {batch}"
+        if not why_not:
+            return "views", f"{told}: gpu, views are made there"
+        told += f": cpu ({why_not})"
+    if small or augmentation in ("none", "crop", "crop-flip") or not_beside(device):
+        return None, told
+    return "operations", f"{told}, operations on the GPU"
+
+
+def not_beside(device: torch.device) -> str | None:
+    """Why the device makes nothing beside the training, or None."""
+    if device.type != "cuda":
+        return "no CUDA device"
+    if int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") or 8) < 32:  # configs.py sets it
+        return "CUDA_DEVICE_MAX_CONNECTIONS is below 32, so that views would wait for training"
 
 
 @functools.cache
 def engine(device: torch.device) -> str | None:
     """Why the device decodes no JPEG, or None."""
-    if device.type != "cuda":
-        return "no CUDA device"
-    if int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") or 8) < 32:  # configs.py sets it
-        return "CUDA_DEVICE_MAX_CONNECTIONS is below 32, so that decoding would wait for training"
+    if why_not := not_beside(device):
+        return why_not
     import torchvision.io  # noqa: F401  brings nvJPEG along
     maps = Path("/proc/self/maps")
     library = re.search(r"/\S*libnvjpeg\S*", maps.read_text() if maps.exists() else "")
@@ -110,17 +120,18 @@ def batch_bytes(source, batch: int, image_hw: tuple[int, int]) -> int:
 
 
 # ----------------------------------------------------------------------------- in the workers
-class Jpeg(NamedTuple):
-    """A plain file, undecoded, and what the device needs to know of its view."""
-    file: bytes
-    source_hw: tuple[int, int]
+class Part(NamedTuple):
+    """Of a view what a worker made: a plain JPEG, undecoded, of (height, width) source_hw; or the
+    bytes [3, H, W] of its crop, resized and flipped, with None. No view: an unreadable image."""
+    data: bytes | torch.Tensor
+    source_hw: tuple[int, int] | None
     view: View | None = None
 
 
 class Files:
-    """A source whose `load` gives plain(file, source_hw) of a plain JPEG, Jpeg or decode_here."""
+    """A source whose `load` gives plain(file, source_hw) of a plain JPEG, Part or decode_here."""
 
-    def __init__(self, source, plain=Jpeg):
+    def __init__(self, source, plain=Part):
         self.source, self.plain = source, plain
 
     def __len__(self):
@@ -158,15 +169,18 @@ def same_pixels() -> bool:
 
 
 class Numbers:
-    """A transform that draws the view of a `Jpeg` and leaves its pixels to the device."""
+    """A transform that draws views and leaves their pixels to the device: of a JPEG's Part all, of
+    an image the operations and erasing."""
 
     def __init__(self, transform):
         self.transform = transform
 
-    def __call__(self, image):
-        if isinstance(image, Jpeg):
+    def __call__(self, image: Part | Image.Image | torch.Tensor) -> Part:
+        if isinstance(image, Part):
             return image._replace(view=self.transform.draw(image.source_hw))
-        return self.transform(image)
+        source_hw = image.shape[1:] if isinstance(image, torch.Tensor) else image.size[::-1]
+        view = self.transform.draw(tuple(source_hw))
+        return Part(self.transform.apply(image, View(view.crop, view.alone, view.flip)), None, view)
 
 
 def plain_jpeg(file: bytes) -> tuple[int, int] | None:
@@ -186,27 +200,24 @@ def plain_jpeg(file: bytes) -> tuple[int, int] | None:
 
 
 class Packed(NamedTuple):
-    """A batch as it travels: uint8 [all bytes], and for each image their number, with a file's
-    view and (height, width); a finished view has neither."""
+    """A batch as it travels: the Parts, their data as uint8 [all bytes] and how many of each."""
     data: torch.Tensor
     lengths: list[int]
-    views: list[View | None]
-    source_hw: list[tuple[int, int] | None]
+    source_hw: tuple[tuple[int, int] | None, ...]
+    views: tuple[View | None, ...]
 
 
 def pack(items: list[tuple]) -> tuple:
-    """What `data.Views` gives for each image -> (Packed, labels, indices, draws)."""
-    images, *rest = zip(*items)
-    parts = [np.frombuffer(image.file, np.uint8) if isinstance(image, Jpeg)
-             else image.reshape(-1).numpy() for image in images]
+    """What `data.Views` gives for each image, a Part of it -> (Packed, labels, indices, draws)."""
+    images, labels, indices, draws = zip(*items)
+    made, source_hw, views = zip(*images)
+    parts = [np.frombuffer(x, np.uint8) if isinstance(x, bytes) else x.reshape(-1).numpy()
+             for x in made]
     lengths = [len(part) for part in parts]
     data = torch.empty(sum(lengths), dtype=torch.uint8)
     np.concatenate(parts, out=data.numpy())
-    views, source_hw = zip(*((image.view, image.source_hw) if isinstance(image, Jpeg)
-                             else (None, None) for image in images))
-    labels, indices, draws = rest
-    return (Packed(data, lengths, list(views), list(source_hw)), torch.tensor(labels),
-            torch.tensor(indices), default_collate(list(draws)))
+    return (Packed(data, lengths, source_hw, views), torch.tensor(labels), torch.tensor(indices),
+            default_collate(list(draws)))
 
 
 # ----------------------------------------------------------------------------- decoding
@@ -262,12 +273,12 @@ class DeviceViews:
         (height, width), views = self.transform.image_hw, packed.views
         files, labels = packed.data.split(packed.lengths), labels.clone()
         images = torch.zeros(len(views), 3, height, width, dtype=torch.uint8, device=self.device)
-        finished = [i for i, view in enumerate(views) if view is None]
-        if finished:
-            made = torch.stack([files[i] for i in finished]).view(-1, 3, height, width)
-            images[finished] = made.to(self.device)
-        windows = {i: window(view, packed.source_hw[i], (height, width))
-                   for i, view in enumerate(views) if view is not None}
+        windows = {i: window(views[i], source_hw, (height, width))
+                   for i, source_hw in enumerate(packed.source_hw) if source_hw}
+        resized = [i for i in range(len(views)) if i not in windows]
+        if resized:
+            made = torch.cat([files[i] for i in resized]) if windows else packed.data
+            images[resized] = made.view(-1, 3, height, width).to(self.device)
         for group in groups(windows, packed.source_hw):
             pictures = decode_all([files[i] for i in group], [packed.source_hw[i] for i in group],
                                   self.device)
@@ -277,7 +288,7 @@ class DeviceViews:
             if group:
                 images[group] = self.resize(pictures, [views[i] for i in group],
                                             [windows[i] for i in group], (height, width))
-        readable = {i: views[i] for i in windows if labels[i] != IGNORE}
+        readable = {i: view for i, view in enumerate(views) if labels[i] != IGNORE}
         pixels.augment(images, readable, self.transform, self.move)
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # before the files' memory goes

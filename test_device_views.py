@@ -25,6 +25,7 @@ from PIL import Image, ImageFilter
 
 import data
 import device_views
+import pixels
 import samples
 import sources
 import train
@@ -38,6 +39,7 @@ from testing import Few, losses, run_command, run_ranks
 torch.set_num_threads(1)
 CPU, HW = torch.device("cpu"), (48, 64)
 CONFIG = TrainConfig(global_batch_size=12, num_workers=0, seed=5)
+OPERATED = [name for name in CROPPED if "crop" not in name]
 
 
 def photo(index, size):
@@ -98,6 +100,16 @@ def folder(tmp_path_factory):
 def on_device(monkeypatch):
     """The CPU passes for a device that decodes."""
     monkeypatch.setattr(device_views, "engine", lambda device: None)
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """The CPU passes for a GPU that decodes nothing, of few cores: the views that it augments."""
+    counts, real = [], pixels.augment
+    monkeypatch.setattr(device_views, "not_beside", lambda device: None)
+    monkeypatch.setattr(device_views, "CORES", 1)
+    monkeypatch.setattr(pixels, "augment", lambda *a: counts.append(len(a[1])) or real(*a))
+    return counts
 
 
 def batches(root, decode, **changes):
@@ -217,6 +229,27 @@ def test_batches_are_the_workers(folder, on_device, augmentation):
     assert any((labels < 0).any() for _, labels, *_ in one)
 
 
+@pytest.mark.parametrize("augmentation", OPERATED)
+def test_operations_alone_on_the_device_are_the_workers(folder, beside, monkeypatch, augmentation):
+    """Where workers decode beside a GPU, of files of every kind: each readable view of training
+    gets its operations there, bad files and evaluation none. All but the operations is equal; they
+    change fewer than 1 of 100 values by 1 (`test_operations_are_the_workers`), and where a second
+    one follows, 1 of 1,000 by more."""
+    changes = dict(augmentation=augmentation, random_erasing=0.5, mixup=0.2)
+    got = batches(folder, "cpu", num_workers=int(augmentation == "nemo"), **changes)
+    monkeypatch.setattr(device_views, "not_beside", lambda device: "no CUDA device")
+    want = batches(folder, "cpu", **changes)
+    training = [(labels >= 0).sum() for _, labels, *_ in want[:3]]
+    assert len(want) == 6 and beside == training and sum(training) < 3 * 12
+    more = 1e-3 if augmentation in ("nemo", "randaugment") else 0
+    for k, ((x, *exact, rows), (y, *exact_y, rows_y)) in enumerate(zip(want, got, strict=True)):
+        assert all(map(torch.equal, exact, exact_y)) and rows.keys() == rows_y.keys()
+        assert all(torch.equal(rows[name], rows_y[name]) for name in rows)
+        error = (x.int() - y.int()).abs()
+        assert (error > 0).float().mean() <= 0.01 * (k < 3) and (error > 1).float().mean() <= more
+        assert not y[exact[0] < 0].any()
+
+
 def test_workers_and_groups_do_not_change_batches(folder, on_device, monkeypatch):
     """Bit for bit: with two workers, and where every image is a group by itself."""
     want = batches(folder, "gpu")
@@ -277,8 +310,9 @@ def test_what_the_device_refuses_pillow_decodes(monkeypatch):
     assert (decode_all(files[:1], [(30, 20)], CPU)[0].numpy() == want[0]).all()
 
 
-def test_a_damaged_file_is_ignored_amid_a_batch(tmp_path, on_device):
-    """A whole header, no image behind it: label -100 and black, as on the CPU; the others stay."""
+def test_a_damaged_file_is_ignored_amid_a_batch(tmp_path, on_device, beside):
+    """A whole header, no image behind it: label -100 and black, as on the CPU; the others stay. In
+    training nothing is done to it: solarized it would be white, erased grey."""
     for i in range(6):
         path = tmp_path / "train/a" / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -292,6 +326,10 @@ def test_a_damaged_file_is_ignored_amid_a_batch(tmp_path, on_device):
         assert labels.tolist() == [0, 0, 0, IGNORE, 0, 0] and not images[3].any()
         assert images[labels == 0].flatten(1).any(1).all()
         assert data.unreadable_in(labels, indices) == {3}
+        config = replace(CONFIG, global_batch_size=6, decode=decode, random_erasing=1.0)
+        [(images, labels, indices, _)] = data.train_loader(source, config, HW, 6, 0, 1, 0, 1, CPU)
+        assert data.unreadable_in(labels, indices) == {3} and not images[labels < 0].any()
+        assert beside[-1] == 5
 
 
 def _start(folder, steps=100):
@@ -390,8 +428,8 @@ def test_decode_says_who_decodes_or_why_it_cannot(folder, monkeypatch):
     source, shapes = sources.scan_folder(folder, "train"), samples.Shapes(HW, "train")
     with pytest.raises(ValueError, match="--decode gpu is impossible: no CUDA device; legal here"):
         choose("gpu", source)
-    assert choose("auto", source) == (False, "decode auto: cpu (no CUDA device)")
-    assert choose("cpu", source) == (False, "decode cpu")
+    assert choose("auto", source) == (None, "decode auto: cpu (no CUDA device)")
+    assert choose("cpu", source) == (None, "decode cpu")
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     assert "CUDA_DEVICE_MAX_CONNECTIONS" in device_views.engine(torch.device("cuda"))
     monkeypatch.setattr(device_views, "engine", lambda device: None)
@@ -400,12 +438,46 @@ def test_decode_says_who_decodes_or_why_it_cannot(folder, monkeypatch):
     monkeypatch.setattr(device_views, "CORES", 12)
     assert choose("gpu", source)[0] and choose("auto", source, 128)[0]
     assert choose("auto", source) == (
-        False, "decode auto: cpu (quicker by 12 cores for each GPU in batches of 127)")
+        None, "decode auto: cpu (quicker by 12 cores for each GPU in batches of 127)")
     with pytest.raises(ValueError, match="these images have no files"):
         choose("gpu", shapes)
     assert not choose("auto", Few(shapes, 3))[0]
     output = run_command(train.main, "--decode", "gpu", "--output-dir", folder / "no", code=2)
     assert "--decode gpu is impossible" in output and "step" not in output
+
+
+@pytest.mark.parametrize("decode, no_engine, augmentation, batch, cores, made, told", [
+    *(("cpu", None, name, 128, 12, "operations", "cpu, operations on the GPU")
+      for name in OPERATED),
+    *(("cpu", None, name, 999, 2, None, "cpu") for name in ("none", "crop", "crop-flip")),
+    ("cpu", None, "nemo", 127, 12, None, "cpu"),
+    ("cpu", None, "nemo", 127, 11, "operations", "cpu, operations on the GPU"),
+    ("auto", "no JPEG engine", "nemo", 128, 12, "operations",
+     "auto: cpu (no JPEG engine), operations on the GPU"),
+    ("auto", "no JPEG engine", "nemo", 127, 12, None, "auto: cpu (no JPEG engine)"),
+    ("auto", "no JPEG engine", "crop", 999, 12, None, "auto: cpu (no JPEG engine)"),
+    ("auto", None, "nemo", 127, 12, None,
+     "auto: cpu (quicker by 12 cores for each GPU in batches of 127)"),
+    ("auto", None, "nemo", 128, 12, "views", "auto: gpu, views are made there"),
+    ("gpu", None, "nemo", 1, 12, "views", "gpu: gpu, views are made there")])
+def test_what_a_gpu_makes(folder, monkeypatch, decode, no_engine, augmentation, batch, cores, made,
+                          told):
+    """Of one among two: operations where workers decode and views have any, but for small batches
+    where cores are many, where queues are few, and on a CPU. Files are asked for by decoding alone.
+    """
+    monkeypatch.setattr(device_views, "engine", lambda device: no_engine)
+    monkeypatch.setattr(device_views, "CORES", 2 * cores)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    config, source = replace(CONFIG, decode=decode), sources.scan_folder(folder, "train")
+    gpu = torch.device("cuda")
+    assert device_views.choose(config, source, gpu, batch, augmentation) == (made, f"decode {told}")
+    if made == "operations":
+        drawn = device_views.choose(config, samples.Shapes(HW, "train"), gpu, batch, augmentation)
+        assert drawn[0] == made and drawn[1].endswith(", operations on the GPU")
+        assert device_views.choose(config, source, CPU, batch, augmentation)[0] is None
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "31")
+        assert device_views.choose(config, source, gpu, batch, augmentation)[0] is None
 
 
 def test_queues_are_asked_for_before_cuda_starts():
@@ -431,15 +503,17 @@ def test_a_batch_that_does_not_come_says_where_it_is(monkeypatch, capfd):
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="workers share memory elsewhere")
-def test_shared_memory_is_checked_for_files(folder, on_device, monkeypatch):
-    """What is asked for is the size of the files, as 64 of them tell, and at least of views."""
+def test_shared_memory_is_checked_for_files(folder, on_device, beside, monkeypatch):
+    """What is asked for is the size of the files, as 64 of them tell, and at least of views; of
+    views alone where workers decode."""
     monkeypatch.setattr(sources.ImageFolder, "read", lambda self, index: bytes(10**6))
     source, asked = sources.scan_folder(folder, "train"), []
     monkeypatch.setattr(data, "_check_shared_memory", lambda *numbers: asked.append(numbers))
     config = replace(CONFIG, num_workers=2, prefetch_factor=3)
     data.eval_loader(source, config, HW, 8, 0, 1, CPU)
     data.eval_loader(source, config, (2000, 1000), 8, 0, 1, CPU)
-    assert asked == [(6, 8 * 1_250_000), (6, 8 * 6_000_000)]
+    data.train_loader(source, replace(config, decode="cpu"), HW, 12, 0, 1, 0, 1, CPU)
+    assert asked == [(6, 8 * 1_250_000), (6, 8 * 6_000_000), (6, 12 * 3 * 48 * 64)]
 
 
 # ----------------------------------------------------------------------------- training

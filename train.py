@@ -197,7 +197,8 @@ def main(argv: list[str] | None = None, sources: tuple | None = None) -> None:
             return
         check_start(config, vit, grid, start, train_set)
         run = Run(config, vit, grid, device, micro_batch=batch[0], accumulation=batch[2])
-        start.news.append(device_views.choose(config, train_set, device, run.local_batch)[1])
+        start.news.append(device_views.choose(config, train_set, device, run.local_batch,
+                                              config.augmentation)[1])
         if config.wandb:
             run.log.join_wandb(Path(config.output_dir), {**to_plain(vit), **to_plain(config)})
         model, optimizer, kernels = build(run, start, len(train_set))
