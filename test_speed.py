@@ -1,8 +1,8 @@
 """What is faster computes the same: `python -m pytest test_speed.py`, CPU only, gloo ranks.
 
-kernels.py, peer.py, recomputation and benchmark.py are compared with the plain model, in parts and
-together. What needs several GPUs runs on ranks whose memory is files (FileGpus); Triton's kernels
-run in its interpreter.
+kernels.py with its parts, peer.py, recomputation and benchmark.py are compared with the plain
+model, in parts and together. What needs several GPUs runs on ranks whose memory is files
+(FileGpus); Triton's kernels run in its interpreter.
 """
 
 import collections
@@ -29,12 +29,14 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import attention as attention_file
 import benchmark
 import kernels
 import memory
 import model as model_file
 import parallel
 import peer
+import products
 import runtime
 import train
 from configs import MODELS, BenchmarkConfig, TrainConfig
@@ -491,7 +493,8 @@ def test_triton_kernels_equal_the_plain_computation():
     release = {p: tuple(map(int, version(p).split(".")[:2])) for p in ("triton", "numpy")}
     counts = release["triton"] >= (3, 7) or release["numpy"] < (2, 4)
     script = "; ".join(["import test_speed", *(f"test_speed.{check.__name__}()" for check in (
-        _check_short_attention, _check_cast_both, _check_move, _check_triton_model,
+        _check_short_attention, _check_gelu_backward, _check_cast_both, _check_move,
+        _check_triton_model,
         *[_check_resample] * counts))])
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True,
                           text=True, timeout=300, cwd=HERE)
@@ -538,12 +541,12 @@ def _check_cast_both():
         largest = torch.finfo(dtype).max
         x = torch.randn(2, 70, 150, generator=generator("x")).to(dtype).to(torch.bfloat16)
         x[1, 60, 140] = -largest
-        y, y_t, unscale = kernels.cast_both(x, torch.tensor(largest / 4), dtype)
+        y, y_t, unscale = products.cast_both(x, torch.tensor(largest / 4), dtype)
         assert torch.equal(y.float(), (4 * x.float()).clamp(-largest, largest).view(140, 150))
         assert torch.equal(y_t.float(), y.float().t()) and unscale == 1 / 4
         for top, factor in [(0.0, 1e-12 / largest), (float("inf"), float("inf"))]:
-            assert kernels.cast_both(x, torch.tensor(top), dtype)[2] == pytest.approx(factor)
-        assert kernels.cast_both(x, torch.tensor(float("nan")), dtype)[2].isnan()
+            assert products.cast_both(x, torch.tensor(top), dtype)[2] == pytest.approx(factor)
+        assert products.cast_both(x, torch.tensor(float("nan")), dtype)[2].isnan()
 
 
 def _check_short_attention():
@@ -562,10 +565,25 @@ def _check_short_attention():
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         y.backward(dy)
         lse = (q @ k.transpose(-1, -2) / hd ** 0.5).logsumexp(-1)
-        dqkv, sums = kernels.short_attention_backward(qkv.detach(), y.detach(), dy, lse.detach(),
-                                                      hd)
+        dqkv, sums = attention_file.short_attention_backward(
+            qkv.detach(), y.detach(), dy, lse.detach(), hd)
         for ours, theirs in [(dqkv, qkv.grad), (sums.sum(0), qkv.grad.sum((0, 1)))]:
             assert (ours - theirs).norm() < tolerance * theirs.norm()
+
+
+def _check_gelu_backward():
+    """dh and its sums of 67 x 3 rows and 136 features (two tiles each way, the last not full), a
+    product of depth 72 (two steps), against autograd in fp64, h up to 8: within 1e-6 of the largest
+    (fp32 sums, a derivative within 7.5e-8)."""
+    shapes = {"dy": (3, 67, 72), "h": (3, 67, 136), "weight": (72, 136)}
+    dy, h, weight = (torch.randn(*shape, generator=generator(name)).double()
+                     for name, shape in shapes.items())
+    h = (2 * h).requires_grad_()
+    (F.gelu(h) @ weight.t()).backward(dy)
+    dh, sums = products.gelu_backward(dy.float(), weight.float(), h.detach().float())
+    assert sums.shape == (2, 136)
+    for ours, exact in [(dh, h.grad), (sums.sum(0), h.grad.sum((0, 1)))]:
+        assert (ours - exact).abs().max() < 1e-6 * exact.abs().max()
 
 
 def _check_triton_model():
@@ -601,6 +619,64 @@ def test_a_bias_gets_its_gradient_from_one_operation(fp8):
                 assert torch.equal(found, torch.full_like(found, 16))
 
 
+# ----------------------------------------------------------------------------- GELU's derivative
+@pytest.fixture
+def gelu_in_product(monkeypatch):
+    """As on a GPU that has the kernel, in fp32; on a CPU it is the plain computation."""
+    monkeypatch.setattr(kernels, "gelu_in_product", lambda mlp: True)
+    monkeypatch.setattr(products, "IN_ONE", (torch.float32,))
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_gelus_derivative_in_the_product_changes_no_gradient(mode, gelu_in_product):
+    """Logits to the bit, every weight's gradient within 1e-6 (the biases' sums in another order),
+    dropout on; one kernel for each block but the last, in backward only, and none in fp8;
+    the compiler is told the shapes. Selective recomputation repeats GELU and no product."""
+    config = replace(TINY, num_layers=3, hidden_dropout=0.2)
+    weights, (images, labels) = random_weights(config), batch_of(config, 4)
+    plain, ours = (build(config, Grid(), weights) for _ in range(2))
+    with mock.patch.object(kernels, "gelu_in_product", lambda mlp: False):
+        kernels.apply(plain, fused=True)
+    kernels.apply(ours, fused=True)
+    found = []
+    for model in plain, ours:
+        model_file.recompute(model, mode)
+        torch.manual_seed(3)
+        with Operators() as forward:
+            logits = model(images)
+        with Operators() as backward:
+            F.cross_entropy(logits, labels).backward()
+        found.append((logits, gradients(model), forward.count, backward.count))
+    (logits, expected, *_), (same, grads, forward, backward) = found
+    assert torch.equal(logits, same) and max_difference(grads, expected) < 1e-6
+    assert all(isinstance(block.mlp, products.GeluMlp) for block in ours.blocks[:-1])
+    assert (forward["gelu_backward"], backward["gelu_backward"]) == (0, 3)  # the last: torch's own
+    if mode == "selective":
+        assert backward["gelu"] == 3 and backward["addmm"] == 0
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(images), ours.eval()(images))
+    inputs = [torch.randn(shape) for shape in ((2, 70, 8), (8, 16), (2, 70, 16))]
+    torch.library.opcheck(products.gelu_backward, inputs, test_utils="test_faketensor")
+    kernels.apply(fp8 := build(config, Grid(), weights), fp8=True, fused=True)
+    assert not any(isinstance(block.mlp, products.GeluMlp) for block in fp8.blocks)
+
+
+@pytest.mark.parametrize("change, fits", [
+    ({}, True), (dict(capability=(8, 0)), False), (dict(capability=(10, 0)), False),
+    (dict(tp=2), False), (dict(approximate="tanh"), False), (dict(shape=(36, 64)), False),
+    (dict(is_cuda=False), False)])
+def test_gelus_derivative_is_in_the_product_where_it_was_measured(change, fits, monkeypatch):
+    """One rank of a Hopper GPU, an exact GELU, rows of whole 16 bytes."""
+    values = dict(capability=(9, 0), tp=1, approximate="none", shape=(32, 64), is_cuda=True)
+    values |= change
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: values["capability"])
+    monkeypatch.setattr(products, "triton", object())
+    weight = types.SimpleNamespace(is_cuda=values["is_cuda"], device=None, shape=values["shape"])
+    fc2 = types.SimpleNamespace(weight=weight, tp=Axis(0, values["tp"]))
+    mlp = types.SimpleNamespace(fc2=fc2, approximate=values["approximate"])
+    assert products.gelu_in_product(mlp) == fits
+
+
 # ----------------------------------------------------------------------------- fp8
 def test_fp8_linear_multiplies_the_rounded_tensors():
     """y, dx and dW are products of x and W rounded to e4m3 and dy rounded to e5m2, each scaled so
@@ -609,7 +685,7 @@ def test_fp8_linear_multiplies_the_rounded_tensors():
     x, dy, weight, bias = (torch.randn(shape, generator=generator(shape)).bfloat16()
                            for shape in [(2, 24, 32), (2, 24, 48), (48, 32), (48,)])
     inputs = [z.requires_grad_() for z in (3 * x, 0.1 * weight, bias)]
-    y = kernels.Fp8Linear.apply(*inputs)
+    y = products.Fp8Linear.apply(*inputs)
     dx, dweight, dbias = torch.autograd.grad(y, inputs, dy)
 
     def rounded(z, dtype):
@@ -630,12 +706,12 @@ def test_fp8_does_not_hide_what_is_not_finite(value):
     x, weight, dy = (torch.randn(shape, generator=generator(shape)).bfloat16()
                      for shape in [(2, 24, 32), (48, 32), (2, 24, 48)])
     inputs = [x.requires_grad_(), weight.requires_grad_()]
-    y = kernels.Fp8Linear.apply(*inputs, None)
+    y = products.Fp8Linear.apply(*inputs, None)
     dy[1, 2, 3] = value
     found = torch.autograd.grad(y, inputs, dy)
     with torch.no_grad():
         x[1, 2, 3] = value
-    for z in (kernels.Fp8Linear.apply(*inputs, None), *found):
+    for z in (products.Fp8Linear.apply(*inputs, None), *found):
         assert not z.isfinite().any()
 
 
@@ -816,6 +892,8 @@ def _compiled_beside_eager(grid, folder=None):
 def _compiled_without_and_with_overlap(tp, folder):
     from torch._inductor import config
     grid, config.cpp.simdlen = grid_of(tp), 1  # without vector registers: it compiles faster
+    if tp == 1:  # as `gelu_in_product`
+        kernels.gelu_in_product, products.IN_ONE = lambda mlp: True, (torch.float32,)
     return [_compiled_beside_eager(grid, f) for f in ([None, folder] if tp > 1 else [None])]
 
 
@@ -992,7 +1070,8 @@ def test_tp_overlap_is_for_gpus_that_reach_each_other():
         for block in model.blocks[:-1]:
             assert isinstance(block.attn, peer.AttentionVisits) == overlap
             assert isinstance(block.mlp, peer.MlpVisits) == overlap
-            assert isinstance(block.attn, kernels.SdpaAttention) and block.attn.kernel == "math"
+            assert isinstance(block.attn, attention_file.SdpaAttention)
+            assert block.attn.kernel == "math"
     with pytest.raises(ValueError, match="--tp-comm-overlap needs"):
         peer.apply(model, "far", True, gpus)
     assert not peer.apply(ViT(TINY, seed=None), CPU, None)

@@ -142,7 +142,8 @@ MAY_IMPORT = {
     "train": "flags configs recipes parallel model archives splits augment data device_views "
              "checkpoint saver resume memory plan meter runtime evaluate weights report",
     "report": "flags configs parallel model augment checkpoint runtime evaluate figures",
-    "kernels": "configs parallel model", "peer": "configs parallel model",
+    "attention": "configs model", "products": "parallel model",
+    "kernels": "configs parallel model attention products", "peer": "configs parallel model",
     "benchmark": "configs recipes parallel model splits augment data device_views checkpoint "
                  "memory plan meter runtime train"}
 
