@@ -145,9 +145,9 @@ class Index:
 
     @classmethod
     def of_run(cls, config, keep: bool = True):
-        """That of --index, else OUTPUT_DIR/index.npz."""
-        return cls(config.index or os.path.join(config.output_dir, "index.npz"),
-                   config.index is not None, keep)
+        """That of --index, else OUTPUT_DIR/index.npz, if there is one."""
+        own = config.output_dir and os.path.join(config.output_dir, "index.npz")
+        return cls(config.index or own, config.index is not None, keep)
 
     def of(self, folder: str, split: str, files: list[str]) -> dict[str, np.ndarray]:
         """The index of a split, kept or built. Raises ValueError where `build` does, for a tar that

@@ -353,8 +353,8 @@ class TrainConfig(Step, Loader):
     warmup_epochs: float | None = flag(None, "instead of --warmup-steps", NOT_NEGATIVE)
     max_steps: int | None = flag(None, "length of the run in optimizer steps", POSITIVE)
     crop_ratio: float = flag(0.875, "evaluation: image side / resized shorter side", SHARE)
-    max_unreadable: float = flag(0.001, "share of unreadable training images that ends the run",
-                                 NOT_NEGATIVE)
+    max_unreadable: float = flag(0.001, "more unreadable training images than max(1, this share of "
+                                 "all) end the run; 0: the first", NOT_NEGATIVE)
     log_interval: int = flag(10, "steps between log lines", POSITIVE)
     eval_interval: int = flag(1000, "steps between evaluations; 0: only at the end", NOT_NEGATIVE)
     save_interval: int = flag(1000, "steps between checkpoints; 0: only at the end", NOT_NEGATIVE)
@@ -408,7 +408,7 @@ class EvalConfig(Untold, Compute, Loader):
     index: str | None = also(TrainConfig, "index")
     predict: str | None = flag(None, "classify this image, or every image below this folder or in "
                                "this tar: predictions.csv and .png in --output-dir")
-    output_dir: str | None = flag(None, "where results go (default: to the run, or to 'output')")
+    output_dir: str | None = flag(None, "of results (default: the run; of --predict else 'output')")
     precision: Literal["fp32", "bf16", "bf16-O2"] | None = flag(
         None, "default: the run's own; fp32 for files of other libraries")
 

@@ -235,10 +235,10 @@ def _start_worker(worker_id: int) -> None:
 class Unreadable:
     """The distinct images of a source that could not be read, and the limit on their number.
 
-    More than max_share x len(source) end the run; at 0 the first one does. Counting distinct
-    images, not readings, makes the rule independent of batch size, epochs and luck. Each rank sees
-    its own images: the trainer unites the ranks' sets, since a later epoch shows a bad image to
-    another rank and a sum of counts would count it again.
+    More than max(1, max_share x len(source)) end the run; at 0 the first one does. Counting
+    distinct images, not readings, makes the rule independent of batch size, epochs and luck. Each
+    rank sees its own images: the trainer unites the ranks' sets, since a later epoch shows a bad
+    image to another rank and a sum of counts would count it again.
     """
 
     def __init__(self, source, max_share: float):
@@ -252,12 +252,13 @@ class Unreadable:
 
     def error(self) -> str | None:
         """What to say if there are too many, else None."""
-        total, count = len(self.source), len(self.indices)
-        if count <= self.max_share * total:
+        total, count, share = len(self.source), len(self.indices), self.max_share
+        allowed = max(1, int(share * total)) if share else 0
+        if count <= allowed:
             return None
         names = [self.source.name(index) for index in sorted(self.indices)[:5]]
-        return (f"{count} of {total} training images are unreadable, more than --max-unreadable "
-                f"{self.max_share:g} allows ({int(self.max_share * total)}); first: "
+        return (f"unreadable training images: {count} of {total}, more than the {allowed} of "
+                f"--max-unreadable {share:g}: max(1, share x images), or 0 at 0; first: "
                 f"{', '.join(names)}")
 
 

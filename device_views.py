@@ -83,10 +83,15 @@ def choose(config, source, device, batch: int, augmentation="none") -> tuple[str
 
 
 def not_beside(device: torch.device) -> str | None:
-    """Why the device makes nothing beside the training, or None."""
+    """Why the device makes nothing beside the training, or None. Raises ValueError for CUDA's
+    variable that is no number."""
     if device.type != "cuda":
         return "no CUDA device"
-    if int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") or 8) < 32:  # configs.py sets it
+    queues = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") or "8"  # configs.py sets it
+    if not queues.strip().isdecimal():
+        raise ValueError(f"CUDA_DEVICE_MAX_CONNECTIONS={queues} must be a number of the GPU's "
+                         f"queues, 1 to 32: unset it, and it is 32")
+    if int(queues) < 32:
         return "CUDA_DEVICE_MAX_CONNECTIONS is below 32, so that views would wait for training"
 
 

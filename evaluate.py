@@ -35,6 +35,7 @@ from checkpoint import check_writable, write_atomically
 from configs import EvalConfig
 from figures import SHEET, contact_sheet
 from flags import parse
+from meter import counted
 from parallel import Grid
 from plan import check_layout, largest_micro_batch
 from runtime import (
@@ -115,7 +116,8 @@ def tell(run: Run, table: Predictions, source, step: int | None = None) -> dict:
         run.log.print(f"unreadable image, skipped: {source.name(index)}")
     run.log.print((f"step {step}: " if step is not None else "")
                   + f"validation top-1 {100 * top1:.2f} %, top-5 {100 * top5:.2f} %, loss "
-                  f"{loss:.4f} on {count:,} images" + (f" ({len(bad)} unreadable)" if bad else ""))
+                  f"{loss:.4f} on {counted(count, 'image')}"
+                  + (f" ({len(bad)} unreadable)" if bad else ""))
     result = dict(val_loss=loss, val_top1=top1, val_top5=top5, val_count=count,
                   val_unreadable=len(bad))
     if step is not None:
@@ -145,15 +147,18 @@ def class_scores(table: Predictions, names: list[str]) -> list[tuple]:
              *most.get(i, ("", 0))) for i, (name, n, hits) in enumerate(zip(names, images, top5))]
 
 
-def tell_classes(run: Run, table: Predictions, names: list[str], out: Path, most: int = 10) -> None:
-    """classes.csv, a row for each class; prints the `most` with the lowest top-1."""
-    rows = class_scores(table, names)
-    write_csv(out / "classes.csv", [CLASS_SCORES, *rows])
+def tell_classes(run: Run, table: Predictions, names: list[str], out: Path | None,
+                 most: int = 10) -> None:
+    """out/classes.csv, a row for each class; prints the `most` with the lowest top-1."""
+    rows, place = class_scores(table, names), "in no file without --output-dir"
+    if out:
+        write_csv(place := out / "classes.csv", [CLASS_SCORES, *rows])
     worst = sorted((row for row in rows if row[1]), key=lambda row: row[2])[:most]
-    run.log.print(f"{len(rows):,} classes: {out / 'classes.csv'}; those with the lowest top-1:")
+    run.log.print(f"{len(rows):,} classes: {place}; those with the lowest top-1:")
     for name, images, top1, top5, taken_for, times in worst:
-        run.log.print(f"  {name}: top-1 {100 * top1:.2f} %, top-5 {100 * top5:.2f} % of {images:,} "
-                      f"images" + (f"; {times:,} taken for {taken_for}" if times else ""))
+        run.log.print(f"  {name}: top-1 {100 * top1:.2f} %, top-5 {100 * top5:.2f} % of "
+                      f"{counted(images, 'image')}"
+                      + (f"; {times:,} taken for {taken_for}" if times else ""))
 
 
 def write_csv(path: Path, rows: list) -> None:
@@ -198,8 +203,9 @@ def write_predictions(run: Run, table: Predictions, source, names: list[str], ou
         write_atomically(out / "predictions.png", lambda file: sheet.save(file, "PNG"))
     else:  # an older one shows other images
         (out / "predictions.png").unlink(missing_ok=True)
-    run.log.print(f"{len(rows):,} images, {sum(len(row) == 1 for row in rows):,} unreadable: "
-                  f"{out / 'predictions.csv'}" + (f", {out / 'predictions.png'}" if shown else ""))
+    run.log.print(f"{counted(len(rows), 'image')}, {sum(len(row) == 1 for row in rows):,} "
+                  f"unreadable: {out / 'predictions.csv'}"
+                  + (f", {out / 'predictions.png'}" if shown else ""))
     if shown and len(rows) == 1:
         run.log.print(", ".join(f"{name} {100 * share:.1f} %" for name, share in zip(
             rows[0][1::2], rows[0][2::2])))
@@ -218,8 +224,8 @@ def class_names(classes: tuple[str, ...] | None, count: int) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     with user_errors("evaluate.py"):
         config, _ = parse(EvalConfig, argv)
-        out = Path(config.output_dir or run_of(config.checkpoint))
-        config = dataclasses.replace(config, output_dir=str(out))
+        out = config.output_dir or run_of(config.checkpoint) or (config.predict and "output")
+        config, out = dataclasses.replace(config, output_dir=out), Path(out) if out else None
         grid, device = start_processes(config)
         run, model, images, loader, names = open_model(config, grid, device)
         real = config.real_labels and read_real_labels(config.real_labels, images)
@@ -235,19 +241,18 @@ def main(argv: list[str] | None = None) -> None:
             hits = [best in labels for (best, *_), labels, label in zip(
                 table.classes.tolist(), real, table.labels) if labels and label >= 0]
             run.log.print(f"ReaL top-1 {100 * sum(hits) / max(len(hits), 1):.2f} % on "
-                          f"{len(hits):,} images")
+                          f"{counted(len(hits), 'image')}")
     end_processes()
     if not table.probabilities.any():
-        text = f"evaluate.py: error: none of the {len(images):,} images can be read"
+        text = f"evaluate.py: error: of {counted(len(images), 'image')} none can be read"
         sys.exit(1 if grid.world.rank else text)
 
 
-def run_of(checkpoint: str) -> Path:
-    """The output directory of train.py that a checkpoint is or lies in, if it can be written; else
-    'output'."""
+def run_of(checkpoint: str) -> str | None:
+    """The output directory of train.py that a checkpoint is or lies in, if it can be written."""
     path = Path(checkpoint)
-    return next((folder for folder in (path, *path.parents)[:3] if os.access(folder, os.W_OK)
-                 and any(folder.glob("checkpoints/step_*"))), Path("output"))
+    return next((str(folder) for folder in (path, *path.parents)[:3] if os.access(folder, os.W_OK)
+                 and any(folder.glob("checkpoints/step_*"))), None)
 
 
 def open_model(config: EvalConfig, grid: Grid, device: torch.device) -> tuple:
@@ -297,7 +302,8 @@ def open_images(config: EvalConfig, vit, facts: dict):
     """The images to score or to predict; raises ValueError if they are not of the model's classes,
     or where the results cannot be written."""
     classes = facts["classes"]
-    check_writable(Path(config.output_dir))
+    if config.output_dir:
+        check_writable(Path(config.output_dir))
     if config.predict:
         return scan_flat(config.predict, "")
     of_classes, of_images = (facts.get(name, 1) for name in (

@@ -24,6 +24,11 @@ SLOW = 1.5         # a rank is named from this ratio to the others' time on
 MAX_BAD_STEPS = 3  # steps in a row with a non-finite gradient before the run stops
 
 
+def counted(n: int, noun: str) -> str:
+    """'1 image', '1,000 images'."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 class Log:
     """Rank 0's output: tqdm, printed lines, metrics.jsonl and, if asked for, TensorBoard, W&B."""
 

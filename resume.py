@@ -248,6 +248,6 @@ def notes(meta: dict, total_steps: int, flags: dict) -> list[str]:
         lines.append(f"note: the run was to take {meta['total_steps']:,} steps, and takes "
                      f"{total_steps:,} now; the learning rate follows")
     if skipped or unreadable:
-        lines.append(f"until then {skipped:,} steps were skipped for their gradients, and "
-                     f"{unreadable:,} images were unreadable")
+        lines.append(f"until then steps skipped for their gradients: {skipped:,}; unreadable "
+                     f"images: {unreadable:,}")
     return lines

@@ -422,7 +422,7 @@ def test_decode_says_who_decodes_or_why_it_cannot(folder, monkeypatch):
     """gpu where there is none, or for drawn images, is an error before the first step; auto then
     means the workers, and says why, as it does for small batches where cores are many; cpu is not
     tried. Of a GPU it is not tried where fewer queues were asked for, in which decoding and
-    training would wait for each other."""
+    training would wait for each other; no number of them is an error."""
     def choose(decode, source, batch=127):
         return device_views.choose(replace(CONFIG, decode=decode), source, CPU, batch)
     source, shapes = sources.scan_folder(folder, "train"), samples.Shapes(HW, "train")
@@ -430,6 +430,9 @@ def test_decode_says_who_decodes_or_why_it_cannot(folder, monkeypatch):
         choose("gpu", source)
     assert choose("auto", source) == (None, "decode auto: cpu (no CUDA device)")
     assert choose("cpu", source) == (None, "decode cpu")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "all")
+    with pytest.raises(ValueError, match="CUDA_DEVICE_MAX_CONNECTIONS=all must be a number"):
+        device_views.engine(torch.device("cuda"))
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     assert "CUDA_DEVICE_MAX_CONNECTIONS" in device_views.engine(torch.device("cuda"))
     monkeypatch.setattr(device_views, "engine", lambda device: None)

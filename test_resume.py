@@ -519,13 +519,13 @@ def test_counts_and_facts_go_on_after_a_restart(tmp_path):
     assert re.match("train.py: error: non-finite gradients in 3 steps in a row, the last one 4; "
                     f"lower .*The newest checkpoint: {tmp_path}/out/checkpoints/step_00000003$",
                     third["error"])
-    assert "until then 2 steps were skipped" in third["text"]
+    assert "steps skipped for their gradients: 2; " in third["text"]
     assert "note: other than in the checkpoint: --max-steps 6 (was 3)\n" in third["text"]
     assert third["meta"]["config"]["mean"] == [0.5, 0.4, 0.3]
     assert third["meta"]["vit"]["layernorm_eps"] == 1e-5
     assert half["text"].count("unreadable image") == 1 and half["meta"]["step"] == 5
     assert half["meta"]["counts"]["unreadable"] == end["meta"]["counts"]["unreadable"] == [bad]
-    assert "1 images were unreadable" in end["text"] and "unreadable image," not in end["text"]
+    assert "; unreadable images: 1\n" in end["text"] and "unreadable image," not in end["text"]
     assert (end["meta"]["step"], end["meta"]["images_seen"]) == (5 + 7, 5 * 32 + 7 * 64)
     assert "was to take 20 steps, and takes 12 now" in end["text"]
     assert "checkpoint: --global-batch-size 64 (was 32), --save-interval 0 (was 5)\n" in end["text"]

@@ -34,7 +34,7 @@ from configs import TrainConfig, ViTConfig, stable_seed
 from evaluate import score
 from flags import to_plain
 from memory import checkpoint_bytes
-from meter import Meter
+from meter import Meter, counted
 from parallel import Grid
 from plan import dry_run, plan_batch, run_length
 from recipes import FINE_TUNING, RECIPES, parse_run
@@ -159,8 +159,8 @@ def finish(run: Run, meter: Meter, saver: Saver, step: int, result: dict | None)
                       f"{saver.newest}; the same command continues")
     else:
         rate = f", {meter.rate():,.0f} images/s" if meter.rate() else ""
-        run.log.print(f"done: top-1 {100 * result['val_top1']:.2f} % on {result['val_count']:,} "
-                      f"images{rate}, checkpoint {saver.newest}")
+        run.log.print(f"done: top-1 {100 * result['val_top1']:.2f} % on "
+                      f"{counted(result['val_count'], 'image')}{rate}, checkpoint {saver.newest}")
 
 
 # ----------------------------------------------------------------------------- set-up
@@ -320,8 +320,9 @@ def describe(run: Run, batch: tuple, optimizer, saver: Saver, train_set, val_set
               f"{accumulation}; tp {grid.tp.size}, {grid.world.size} x {device_name(run.device)}")
     share = config.val_share
     held_out = f" (there is no val: --val-share {share}, by a hash of the paths)" if share else ""
-    log.print(f"data {config.data}: {len(train_set):,} training and {len(val_set):,} validation "
-              f"images{held_out}; {run.total_steps:,} steps = "
+    log.print(f"data {config.data}: {len(train_set):,} training and "
+              f"{counted(len(val_set), 'validation image')}{held_out}; "
+              f"{counted(run.total_steps, 'step')} = "
               f"{run.images_seen(run.total_steps) / len(train_set):,.1f} epochs")
     if getattr(train_set, "told", None):
         log.print(train_set.told)
