@@ -486,7 +486,8 @@ def test_what_a_gpu_makes(folder, monkeypatch, decode, no_engine, augmentation, 
 def test_queues_are_asked_for_before_cuda_starts():
     """recipes.py asks for a GPU as it is imported, which starts CUDA: the variable, which is read
     then, is there."""
-    script = ("import os, torch; torch.cuda.is_available = lambda: "
+    script = ("import os, sys; from unittest.mock import Mock; sys.modules['torch'] = Mock(); "
+              "sys.modules['torch'].cuda.is_available = lambda: "
               "print(os.environ['CUDA_DEVICE_MAX_CONNECTIONS']); import recipes")
     given = {k: v for k, v in os.environ.items() if k != "CUDA_DEVICE_MAX_CONNECTIONS"}
     seen = subprocess.run([sys.executable, "-c", script], env=given, text=True, timeout=100,

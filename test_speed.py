@@ -840,9 +840,9 @@ def _compiled_beside_eager(grid, folder=None):
     """For compiled models (at tp 2 without folder one that has LayerScale and reads the patches'
     mean), one for each kind of recomputation (at tp 2 fewer): the largest difference of gradients
     from those of the fused model that runs eagerly with collectives, the graphs, bytes that blocks
-    keep for backward, apart from weights, and the plan's. Those with collectives, and those that
-    recompute, are cut into forward and backward by the compiler but run eagerly, which saves a
-    minute; the others are as the flags say."""
+    keep for backward, apart from weights, and the plan's. Where images visit and nothing is
+    recomputed it is as the flags say; else the compiler cuts it into forward and backward, but it
+    runs eagerly, which saves minutes."""
     tp, results = grid.tp.size, {}
     config = replace(OTHER if tp > 1 and not folder else TINY, num_layers=3, hidden_dropout=0.1,
                      drop_path_rate=0.2)
@@ -856,7 +856,7 @@ def _compiled_beside_eager(grid, folder=None):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         gpus = FileGpus(folder) if folder else None
-        eager = mode != "none" or tp > 1 and not gpus
+        eager = mode != "none" or not gpus
         model = of_flags(config, grid, weights, gpus, compile=not eager,
                          activation_checkpointing="none" if eager else mode)
         if eager:
@@ -901,8 +901,9 @@ def _compiled_without_and_with_overlap(tp, folder):
 def compiled_models(tmp_path_factory):
     """All three layouts, [rank] each; at the same time, since a compiler does not fill two cores.
     """
+    folder = tmp_path_factory.mktemp("shared")  # here: it is not for threads
+
     def run(tp):
-        folder = tmp_path_factory.mktemp("shared")
         return run_ranks(tp, _compiled_without_and_with_overlap, tp, folder, timeout=400)[0]
     with ThreadPoolExecutor() as pool:
         one, two = pool.map(run, (1, 2))

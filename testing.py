@@ -134,6 +134,11 @@ def _native_state(pid):
     return subprocess.run("; ".join(commands), shell=True, capture_output=True, text=True).stdout
 
 
+def in_turn(*calls):
+    """The results of (function, *arguments) each, for run_ranks: one start of ranks for several."""
+    return [function(*args) for function, *args in calls]
+
+
 def grid_of(tp):
     """The grid of a test's rank; joins the gloo group that run_ranks announces."""
     if int(os.environ["WORLD_SIZE"]) == 1:
