@@ -382,20 +382,20 @@ def test_what_fails_in_the_thread_is_raised_and_nothing_stays(folder, on_device,
 
 
 def test_batches_stay_in_order_whichever_thread_is_first(monkeypatch):
-    """Two threads, the first batch the slowest: made at once, given in turn, the error last."""
-    seen, at_once = [], []
+    """Two threads, the first batch the slowest, since it waits for the second one to be made at the
+    same time: given in turn, the error last."""
+    second = threading.Event()
 
     def make(i):
-        seen.append(i)
-        time.sleep(0.1 if i % 2 == 0 else 0)
-        at_once.append(len(seen))
-        return torch.tensor(i), i
+        if i == 1:
+            second.set()
+        return torch.tensor(i), i or second.wait(20)
     threads, real = [], threading.Thread
     device = SimpleNamespace(type="cpu")
     monkeypatch.setattr(threading, "Thread", lambda **k: threads.append(k) or real(**k))
     stream = device_views.Ahead(iter([(i,) for i in range(6)]), make, device)
     real(target=threads[0]["target"], args=threads[0]["args"], daemon=True).start()  # a second one
-    assert [i for _, i in stream] == list(range(6)) and at_once != list(range(1, 7))
+    assert [i for _, i in stream] == [True, 1, 2, 3, 4, 5]
 
 
 def test_no_two_threads_share_a_stream(monkeypatch):
