@@ -387,6 +387,8 @@ class BenchmarkConfig(Step, Loader):
     prefetch_factor: int = also(Loader, "prefetch_factor", data=GIVEN)
     pin_memory: bool = also(Loader, "pin_memory", data=GIVEN)
     decode: Literal["auto", "cpu", "gpu"] = also(Loader, "decode", data=GIVEN)
+    crop_ratio: float = flag(0.875, "image side / resized shorter side", SHARE, data=GIVEN,
+                             augmentation="none")
     profile: str | None = flag(None, "a folder for traces; also prints where a step's time goes")
 
 
@@ -427,7 +429,7 @@ class ReportConfig(Loader):
 
     output: list[str] = field(metadata={"help": "output directories of train.py", "must": None})
     data: str | None = flag(None, "score DATA/val/CLASS/*, or 'shapes' (default: each run's own "
-                            "data); none: the curves and the weights only")
+                            "data)")
     val_labels: str | None = flag(None, "as train.py's (default: each run's own)", data=FOLDER)
     micro_batch_size: int | None = also(EvalConfig, "micro_batch_size")
 

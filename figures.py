@@ -24,11 +24,13 @@ def figure(title: str, text: str = "", *, above: str = "", below: str = "", kind
 # ----------------------------------------------------------------------------- charts
 def ticks(low: float, high: float, scale=float) -> list[tuple[float, str]]:
     """(place, label) of round numbers x in low <= scale(x) <= high: about five; on a log scale
-    powers of ten, and their double and half where these are few."""
+    powers of ten, and their double and half where these are few, or even steps."""
     numbers = [m * 10.0 ** power for power in range(-12, 13) for m in (1, 2, 5)]
-    if scale is float:
-        step = next(number for number in numbers if number >= (high - low) / 5)
-        numbers = [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    first, last = (low, high) if scale is float else (math.exp(low), math.exp(high))
+    if scale is float or high - low < 2:
+        step = next(number for number in numbers if number >= (last - first) / 5)
+        numbers = [i * step for i in range(math.ceil(first / step - 1e-9),
+                                           math.ceil(last / step) + 1)]
     elif high - low > 5:
         numbers = numbers[::3]
     slack = 1e-9 * (high - low)

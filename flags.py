@@ -7,13 +7,14 @@ beside which other flags it acts. configs.py holds the fields.
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
 from dataclasses import field, fields
 from typing import Literal
 
-# What a value must be: (words, test). The tests are written so that nan fails too.
+# What a value must be: (words, test).
 POSITIVE = "be positive", lambda x: x > 0
 NOT_NEGATIVE = "not be negative", lambda x: x >= 0
 BELOW_ONE = "be in [0, 1)", lambda x: 0 <= x < 1
@@ -70,6 +71,9 @@ def check(config) -> None:
                    if typing.get_origin(t) is Literal]
         if literal and value is not None and value not in typing.get_args(literal[0]):
             raise ValueError(unknown(flag_name(f.name), str(value), typing.get_args(literal[0])))
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{flag_name(f.name)} {number} must be a finite number")
         if must and value is not None and not must[1](value):
             raise ValueError(f"{flag_name(f.name)} {value} must {must[0]}")
 
@@ -176,13 +180,17 @@ def _argparse_type(hint) -> dict:
 
 def _image_size(text: str) -> int | tuple[int, int]:
     """'224' is 224; '224,448' and '224x448' are (224, 448)."""
+    if not re.fullmatch(r"\d+([x,]\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a side in pixels, or HEIGHT,WIDTH")
     sides = [int(side) for side in text.replace("x", ",").split(",")]
-    if len(sides) > 2:
-        raise ValueError
     return sides[0] if len(sides) == 1 else tuple(sides)
 
 
 def _numbers(kinds):
     def numbers(text: str) -> tuple:
-        return tuple(kind(value) for kind, value in zip(kinds, text.split(","), strict=True))
+        try:
+            return tuple(kind(value) for kind, value in zip(kinds, text.split(","), strict=True))
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} must be {len(kinds)} numbers with commas between") from e
     return numbers

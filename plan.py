@@ -163,7 +163,8 @@ def dry_run(config: TrainConfig, vit: ViTConfig, train_set, val_set, total_steps
     marks = sorted({0, config.warmup_steps // 2, min(config.warmup_steps, total_steps - 1),
                     total_steps // 2, total_steps - 1} & set(range(total_steps)))
     rates = ", ".join(f"{s:,}: {learning_rate(s):.3g}" for s in marks)
-    print(f"lr at step   {rates}")
+    unreached = f"; the peak --lr {config.lr} is not reached"
+    print(f"lr at step   {rates}{unreached if config.warmup_steps >= total_steps else ''}")
     plan = memory_plan(vit, config, tp, dp, micro)
     parts = " + ".join(f"{name} {size / gib:.2f}" for name, size in plan.items())
     print(f"memory       {sum(plan.values()) / gib:.2f} GiB per rank on {device} = {parts}")

@@ -182,8 +182,8 @@ def scan_folder(root, split: str) -> ImageFolder:
     classes = [entry for entry in entries if os.path.isdir(os.path.join(folder, entry))]
     flat = [entry for entry in entries if _is_image(entry) and entry not in classes]
     if flat:
-        raise ValueError(f"--data: {len(flat)} images such as {flat[0]} lie flat in {folder}, "
-                         f"outside any class folder; {expected}"
+        raise ValueError(f"--data: images such as {flat[0]} ({len(flat)} in all) lie flat in "
+                         f"{folder}, outside any class folder; {expected}"
                          + (", or name their classes with --val-labels" if split == "val" else ""))
     if not classes:
         raise ValueError(f"--data: {folder} has no class folders; {expected}")

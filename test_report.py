@@ -129,6 +129,8 @@ def test_ticks_are_round_and_within():
     assert log[2][0] == 0
     assert [label for _, label in figures.ticks(np.log(0.15), np.log(1e4), np.log)] == [
         "1", "10", "100", "1,000", "10,000"]
+    assert figures.ticks(np.log(5.2), np.log(6.9), np.log) == [
+        (np.log(5.5), "5.5"), (np.log(6), "6"), (np.log(6.5), "6.5")]
 
 
 def test_a_chart_draws_means_of_many_points_in_its_frame():

@@ -1168,8 +1168,8 @@ def test_benchmark_prints_a_row_the_loaders_rate_and_a_profile(tp, tmp_path):
     more), and a trace; with tp 2 communication is in the shares."""
     output = run_command(
         benchmark.main, "--model", "demo", "--recipe", "demo", "--steps", 2, "--micro-batch-size",
-        8, "--augmentation", "nemo", "--profile", tmp_path, "--data", "shapes", "--num-workers", 0,
-        "--tensor-parallel-size", tp, world=tp)
+        8, "--augmentation", ["none", "nemo"][tp - 1], "--profile", tmp_path, "--data", "shapes",
+        "--num-workers", 0, "--tensor-parallel-size", tp, world=tp)
     names, row = (line.split("  ") for line in output.splitlines() if "x 1  " in line
                   or "tp x dp" in line)
     cells = dict(zip([x.strip() for x in names if x], [x.strip() for x in row if x], strict=True))

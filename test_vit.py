@@ -479,8 +479,9 @@ def test_dry_run_prints_the_plan_and_trains_nothing(tmp_path):
     _, _, outputs = run_ranks(1, _main_of_a_world, {"WORLD_SIZE": "32"}, argv)
     for text in ("1,013.23 M parameters", "264 = 8 class + 16 x 16 patches of 14 px",
                  "4096 = micro-batch 1024 x dp 2 x accumulation 2", "masters and moments",
-                 "lr at step", "GiB per rank", "legal --tensor-parallel-size  1, 2, 4, 8, 16",
-                 "585 = 299.5 epochs", "\n  tp 16 "):
+                 "0.000176; the peak --lr 0.003 is not reached", "GiB per rank",
+                 "legal --tensor-parallel-size  1, 2, 4, 8, 16", "585 = 299.5 epochs",
+                 "\n  tp 16 "):
         assert text in outputs[0], outputs[0]
     assert not (tmp_path / "o").exists()
 
@@ -502,7 +503,7 @@ BAD_INPUT = [
     (1, ["--global-batch-size", "16384"], "8000 training images, fewer than one"),
     (1, ["--micro-batch-size", "0"], "--micro-batch-size 0 must be positive"),
     (1, ["--lr", "-1"], "--lr -1.0 must not be negative"),
-    (1, ["--lr", "nan"], "--lr nan must not be negative"),
+    (1, ["--lr", "nan"], "--lr nan must be a finite number"),
     (1, ["--hidden-dropout", "1"], "--hidden-dropout 1.0 must be in [0, 1)"),
     (1, ["--crop-ratio", "1.5"], "--crop-ratio 1.5 must be in (0, 1]"),
     (1, ["--std", "1,0,1"], "--std (1.0, 0.0, 1.0) must be positive"),

@@ -1144,6 +1144,7 @@ def test_imagenets_folder_names_become_words():
     ("", "--checkpoint PATH is needed"),
     ("--checkpoint x", "give --data DIR .* or --predict FOLDER; one of them"),
     ("--checkpoint x --data d --predict d", "give --data DIR .* or --predict FOLDER; one of them"),
+    ("--checkpoint x --predict d --std 1,inf,1", "--std inf must be a finite number"),
     ("--checkpoint x --predict d --val-labels f", "--val-labels .*it needs --data DIR$"),
     ("--checkpoint x --data shapes --val-labels f", "--val-labels has no effect .*--data shapes"),
     ("--checkpoint x --predict p --real-labels r",
@@ -1159,13 +1160,15 @@ def test_flags_that_contradict_or_have_no_effect_are_errors(flags, message):
     (EvalConfig, "--dry-run", "unknown flag --dry-run"),
     (EvalConfig, "--format hf", "unknown flag --format"),
     (EvalConfig, "--precision bf16-O2-fp8", "--precision: invalid choice: 'bf16-O2-fp8'"),
+    (EvalConfig, "--image-size 8x8x8", "'8x8x8' must be a side in pixels, or HEIGHT,WIDTH"),
+    (EvalConfig, "--std 1", "'1' must be 3 numbers"),
     (ConvertConfig, "in out --data d", "unknown flag --data"),
     (TrainConfig, "--checkpoint x", "unknown flag --checkpoint"),
     (TrainConfig, "--wandb foo", "'foo' belongs to no flag: none is before it, or one that"),
     (TrainConfig, "foo", "'foo' belongs to no flag: none is before it"),
 ])
-def test_flags_of_another_command_are_unknown(capsys, command, flags, words):
-    """fp8 is for training: a --precision of training alone."""
+def test_flags_of_another_command_or_form_are_errors(capsys, command, flags, words):
+    """Values of another form, too. fp8 is for training: a --precision of training alone."""
     with pytest.raises(SystemExit) as exit:
         parse(command, flags.split())
     assert exit.value.code == 2 and words in capsys.readouterr().err
