@@ -257,9 +257,9 @@ class Unreadable:
         if count <= allowed:
             return None
         names = [self.source.name(index) for index in sorted(self.indices)[:5]]
-        return (f"unreadable training images: {count} of {total}, more than the {allowed} of "
-                f"--max-unreadable {share:g}: max(1, share x images), or 0 at 0; first: "
-                f"{', '.join(names)}")
+        return (f"unreadable training images: {count} of {total}, more than the {allowed} that "
+                f"--max-unreadable {share:g} allows; repair or remove them, or give a larger "
+                f"share; first: {', '.join(names)}")
 
 
 def unreadable_in(labels: torch.Tensor, indices: torch.Tensor) -> set[int]:
