@@ -118,10 +118,9 @@ def gelu_backward(dy: torch.Tensor, weight: torch.Tensor, h: torch.Tensor
         return dh, dh.sum((0, 1), dtype=torch.float32)[None]
     depth, width = weight.shape
     runs = triton.cdiv(h.numel() // width, ROWS)
-    dh = torch.empty_like(h, memory_format=torch.contiguous_format)
-    dbias = h.new_empty(runs, width, dtype=torch.float32)
+    dh, dbias = h.new_empty(h.shape), h.new_empty(runs, width, dtype=torch.float32)
     tile = [ROWS, COLUMNS]
-    tiles = [TensorDescriptor.from_tensor(x.reshape(-1, x.shape[-1]), size) for x, size in (
+    tiles = [TensorDescriptor.from_tensor(x.contiguous().flatten(0, -2), size) for x, size in (
         (dy, [ROWS, DEPTH]), (weight, [DEPTH, COLUMNS]), (h, tile), (dh, tile))]
     # 128 registers: two programs a multiprocessor, one multiplies while the other ends
     _gelu_backward[(runs * triton.cdiv(width, COLUMNS),)](
@@ -136,7 +135,7 @@ ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a program's tile, and of a step of its
 @gelu_backward.register_fake
 def _(dy, weight, h):
     runs = -(-h.shape[0] * h.shape[1] // ROWS) if h.is_cuda or INTERPRET else 1
-    return torch.empty_like(h), h.new_empty(runs, h.shape[2], dtype=torch.float32)
+    return h.new_empty(h.shape), h.new_empty(runs, h.shape[2], dtype=torch.float32)
 
 
 # ----------------------------------------------------------------------------- bias gradients
