@@ -132,7 +132,8 @@ def loader_rate(run: Run, timer: Timer, source, rate: float) -> None:
 CATEGORIES = {  # by the names of kernels, first match; the rest is elementwise
     "communication": ("nccl", "c10d", "gloo", "barrier_kernel", "signal_kernel", "memcpy ptop"),
     "attention": ("fmha", "flash", "attention", "_short_backward", "dot_do_o", "convert_dq"),
-    "matrix products": ("gemm", "nvjet", "cutlass", "splitk", "aten::mm", "aten::addmm"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "splitk", "aten::mm", "aten::addmm",
+                        "_gelu_backward"),
     "optimizer": ("multi_tensor_apply", "fused_adam", "fused_sgd", "_foreach"),
     "copies": ("memcpy", "memset", "copy_"),
 }
