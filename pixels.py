@@ -162,9 +162,11 @@ def blur(x, m):
     side = torch.linspace(-1, 1, BLUR, device=x.device) * (BLUR - 1) / (2 * math.sqrt(2))
     kernel = torch.softmax(-(side / m.float()[:, None]) ** 2, 1).repeat_interleave(3, 0)[:, None]
     padded = F.pad(x.float(), [BLUR // 2] * 4, "reflect").flatten(0, 1)[None]
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        down = F.conv2d(padded, kernel[..., None], groups=len(kernel))
-        return F.conv2d(down, kernel[:, :, None], groups=len(kernel)).round().byte().view_as(x)
+
+    def along(x, kernel):  # F.conv2d, without cuDNN's tf32: to set its flags is not for threads
+        return torch._convolution(x, kernel, None, (1, 1), (0, 0), (1, 1), False, (0, 0),
+                                  len(kernel), False, False, False, False)
+    return along(along(padded, kernel[..., None]), kernel[:, :, None]).round().byte().view_as(x)
 
 
 OPERATIONS = {
