@@ -24,7 +24,7 @@ def apply(model: ViT, *, attention: str | None = None, fp8: bool = False,
     """Swaps the classes of a model's parts, in place; before recompute and compile.
 
     attention: a key of BACKENDS, triton or flash-attn (choose_attention), or None: torch's choice.
-    fp8: the blocks' products in training are Fp8Linear's; weights in bf16. fused: FusedBlock.
+    fp8: the products in training are Fp8Linear's; weights in bf16. fused: FusedBlock and GeluMlp.
     """
     for block in model.blocks:
         if isinstance(block, LastBlock):  # its products are small, and of any number of rows

@@ -45,6 +45,7 @@ def gelu_in_product(mlp: Mlp) -> bool:
     weight = mlp.fc2.weight
     return (triton is not None and weight.is_cuda and mlp.fc2.tp.size == 1
             and torch.cuda.get_device_capability(weight.device) == (9, 0)
+            and not torch.version.hip  # AMD's MI250 is a (9, 0) too
             and mlp.approximate == "none" and not any(size % 8 for size in weight.shape))
 
 

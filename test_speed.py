@@ -669,12 +669,14 @@ def test_gelus_derivative_in_the_product_changes_no_gradient(mode, gelu_in_produ
 @pytest.mark.parametrize("change, fits", [
     ({}, True), (dict(capability=(8, 0)), False), (dict(capability=(10, 0)), False),
     (dict(tp=2), False), (dict(approximate="tanh"), False), (dict(shape=(36, 64)), False),
-    (dict(is_cuda=False), False)])
+    (dict(is_cuda=False), False), (dict(hip="6.4"), False)])
 def test_gelus_derivative_is_in_the_product_where_it_was_measured(change, fits, monkeypatch):
-    """One rank of a Hopper GPU, an exact GELU, rows of whole 16 bytes."""
-    values = dict(capability=(9, 0), tp=1, approximate="none", shape=(32, 64), is_cuda=True)
+    """One rank of NVIDIA's Hopper, an exact GELU, rows of whole 16 bytes."""
+    values = dict(capability=(9, 0), tp=1, approximate="none", shape=(32, 64), is_cuda=True,
+                  hip=None)
     values |= change
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: values["capability"])
+    monkeypatch.setattr(torch.version, "hip", values["hip"])
     monkeypatch.setattr(products, "triton", object())
     weight = types.SimpleNamespace(is_cuda=values["is_cuda"], device=None, shape=values["shape"])
     fc2 = types.SimpleNamespace(weight=weight, tp=Axis(0, values["tp"]))
