@@ -660,7 +660,7 @@ def test_gelus_derivative_in_the_product_changes_no_gradient(mode, gelu_in_produ
     monkeypatch.setattr(products, "IN_ONE", (torch.bfloat16,))
     ours.train()(images).sum().backward()
     assert kernel.call_count == 2
-    inputs = [torch.randn(shape) for shape in ((2, 70, 8), (8, 16), (2, 70, 16))]
+    inputs = [torch.randn(shape).bfloat16() for shape in ((2, 70, 8), (8, 16), (2, 70, 16))]
     torch.library.opcheck(operator, inputs, test_utils="test_faketensor")
     kernels.apply(fp8 := build(config, Grid(), weights), fp8=True, fused=True)
     assert not any(isinstance(block.mlp, products.GeluMlp) for block in fp8.blocks)
