@@ -178,6 +178,7 @@ def _train_elsewhere(folder, argv):
     sys.path[:] = [folder, *(path for path in sys.path if Path(path).resolve() != HERE)]
     for file in HERE.glob("*.py"):
         sys.modules.pop(file.stem, None)
+    torch.library._impls.clear()  # else torch 2.11 refuses parallel.py's operator a second time
     import train as theirs
     assert Path(theirs.__file__).parent == Path(folder)
     theirs.main(argv, (samples.Shapes((16, 16), "train"), Few(samples.Shapes((16, 16), "val"), 80)))
