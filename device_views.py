@@ -348,6 +348,7 @@ class Ahead:
             batch = made.result()
         except BaseException:
             self.close()
+            self.batches = None  # workers end now, not when an error's traceback is collected
             raise
         if batch[0].is_cuda:  # else its memory could be given away before it was read
             batch[0].record_stream(torch.cuda.current_stream())
@@ -388,6 +389,7 @@ def _work(batches, make, device: torch.device, results: queue.Queue, stop, turn,
             break
     if stream is not None:
         STREAMS.append((device, stream))
+    batches = result = None  # which an error's traceback would keep
 
 
 def _end(threads: list[threading.Thread], results: queue.Queue, stop: threading.Event) -> None:

@@ -371,8 +371,10 @@ def test_what_fails_in_the_thread_is_raised_and_nothing_stays(folder, on_device,
     assert len(list(_start(folder, 3))) == 3
     monkeypatch.setattr(device_views.pixels, "augment", lambda *_: 1 / 0)
     stream = _start(folder)
+    workers = stream.batches._workers
     with pytest.raises(ZeroDivisionError):
         next(stream)
+    assert not any(worker.is_alive() for worker in workers)  # at once, whatever keeps the error
     with pytest.raises(StopIteration):
         next(stream)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: 0)
