@@ -90,7 +90,7 @@ class Job:
         """fault: of _rank, (name, rank, value)."""
         self.folder = tempfile.TemporaryDirectory()
         call = function or (_rank, str(output), *(fault or (None,) * 3))
-        self.ranks = start_ranks(world, self.folder.name, *call)
+        self.ranks, self.store = start_ranks(world, self.folder.name, *call)
 
     def signal(self, number, rank=None):
         for r, process in enumerate(self.ranks):

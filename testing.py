@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -59,7 +58,8 @@ def _rank_main(rank, world, folder, port, function, args):
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                      LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                      LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                      TORCHELASTIC_USE_AGENT_STORE="True")
     try:
         torch.save(function(*args), f"{folder}/result_{rank}")
     except SystemExit as stop:  # as a program: a code, or a last line
@@ -72,16 +72,18 @@ def _rank_main(rank, world, folder, port, function, args):
 
 
 def start_ranks(world, folder, function, *args):
-    """`world` started processes with torchrun's environment, which call function(*args) and leave
-    output_RANK and result_RANK in the folder."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    ranks = [CONTEXT.Process(target=_rank_main, args=(r, world, folder, port, function, args))
+    """(`world` started processes, the store they meet in).
+
+    The processes have torchrun's environment, call function(*args) and leave output_RANK and
+    result_RANK in the folder. The store is kept here, as torchrun keeps it: a rank 0 that has
+    ended would take its own along, while others may still be joining a group.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [CONTEXT.Process(target=_rank_main, args=(r, world, folder, store.port, function, args))
              for r in range(world)]
     for process in ranks:
         process.start()
-    return ranks
+    return ranks, store
 
 
 def run_ranks(world, function, *args, check=True, timeout=120):
@@ -106,7 +108,7 @@ def run_ranks(world, function, *args, check=True, timeout=120):
 def _run_once(world, function, args, timeout):
     """(results, exit codes, outputs) by rank, and which ranks were still running."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = start_ranks(world, folder, function, *args)
+        ranks, _store = start_ranks(world, folder, function, *args)
         deadline = time.monotonic() + timeout
         for process in ranks:
             process.join(max(deadline - time.monotonic(), 0.1))
