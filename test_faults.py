@@ -32,8 +32,7 @@ from checkpoint import complete_checkpoints
 from configs import TrainConfig
 from parallel import ShardedOptimizer
 from runtime import on_rank_0, run_program, start_processes
-from samples import Shapes
-from testing import TRAIN_FLAGS, grid_of, run_ranks, start_ranks, train_main
+from testing import TRAIN_FLAGS, Drawn, grid_of, run_ranks, start_ranks, train_main
 from watch import Watch
 
 STEPS, LIMIT = 8, 60  # steps of a run; seconds after which a process is said to hang
@@ -71,7 +70,7 @@ def _rank(output, fault, rank, value):
 def _late_rank(argv):
     """train.py in which rank 1 needs 40 ms more for each image and stops for ever in step 5."""
     if os.environ["RANK"] == "1":
-        def load(self, index, original=Shapes.load):
+        def load(self, index, original=Drawn.load):
             time.sleep(0.04)
             return original(self, index)
 
@@ -79,7 +78,7 @@ def _late_rank(argv):
             if next(count) == 5:
                 os.kill(os.getpid(), signal.SIGSTOP)
             return original(self, lr)
-        Shapes.load, ShardedOptimizer.step = load, step
+        Drawn.load, ShardedOptimizer.step = load, step
     run_program(lambda: train_main(argv))
 
 

@@ -5,6 +5,7 @@ function on `world` gloo processes with torchrun's environment.
 """
 
 import faulthandler
+import functools
 import json
 import multiprocessing
 import os
@@ -22,7 +23,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+import data
 import parallel
+import samples
 import splits
 import train
 from configs import TrainConfig, ViTConfig, stable_seed
@@ -221,9 +224,30 @@ def run_training(output, *flags, world=1, check=True):
 def train_main(argv):
     """train.main; of the drawn validation images only 80, since evaluation has its own tests."""
     config, vit, _ = parse_run(TrainConfig, argv)
-    train_set, val_set = splits.open_data(config.data, vit.image_hw, config.val_labels)
-    few = Few(val_set, 80) if config.data == "shapes" else val_set
-    train.main(argv, (train_set, few))
+    train.main(argv, [Drawn(vit.image_hw, split) for split in ("train", "val")]
+               if config.data == "shapes" else
+               splits.open_data(config.data, vit.image_hw, config.val_labels))
+
+
+class Drawn(samples.Shapes):
+    """The shapes, those of TRAIN_FLAGS drawn before the ranks are forked: that takes as long as 20
+    steps."""
+
+    def __len__(self):
+        return super().__len__() if self.split == "train" else 80
+
+    def load(self, index):
+        return _drawn(self.image_hw, self.split, index)
+
+
+@functools.cache
+def _drawn(image_hw, split, index):
+    return samples.Shapes(image_hw, split).load(index)
+
+
+for _split, _indices in ("train", data.order(8000, 0, 0)[:20 * 32]), ("val", range(80)):
+    for _index in _indices:
+        _drawn((16, 16), _split, int(_index))
 
 
 class Few:
