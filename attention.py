@@ -185,7 +185,7 @@ def choose_attention(choice: str, config: ViTConfig, tp: int, device: torch.devi
         for name in order:
             error = error_of(name)
             if error is None:
-                why = f"first of {', '.join(order)} that runs on {shape}"
+                why = f"first of {', '.join(order)} that runs here"
                 return name, why + (f"; not {', '.join(skipped)}" if skipped else "")
             skipped.append(name)
         raise ValueError(f"no attention kernel runs on {shape}: {error}")

@@ -238,8 +238,10 @@ def check_same_model(directory: Path, vit: dict, config: dict, classes: list[str
 def notes(meta: dict, total_steps: int, flags: dict) -> list[str]:
     """What the log tells of the run until this checkpoint, of its length if that is another, and of
     `flags`, the fields of both configurations, that are others."""
-    lines, skipped, old = [], meta["step"] - meta["updates"], {**meta["vit"], **meta["config"]}
-    changed = [f"{flag_name(key)} {value} (was {old[key]})" for key, value in flags.items()
+    lines, skipped = [], meta["step"] - meta["updates"]
+    old, new = ({key: "not given" if value is None else value for key, value in values.items()}
+                for values in ({**meta["vit"], **meta["config"]}, flags))
+    changed = [f"{flag_name(key)} {value} (was {old[key]})" for key, value in new.items()
                if key not in ("resume", "output_dir") and old.get(key, value) != value]
     if changed:
         lines.append(f"note: other than in the checkpoint: {', '.join(changed)}")

@@ -512,7 +512,7 @@ def test_counts_and_facts_go_on_after_a_restart(tmp_path):
     out = ["--output-dir", tmp_path / "b", "--max-unreadable", 0.1]
     first, third, half, end = runs(
         tmp_path, ({"poison": (2, 3)}, [*own, "--max-steps", 3]),
-        ({"poison": (1,)}, ["--max-steps", 6]),
+        ({"poison": (1,)}, ["--max-steps", 6, "--micro-batch-size", 16]),
         ({"bad": bad, "kill_in_save": 5}, [*out, "--save-interval", 5, *EPOCHS]),
         ({"bad": bad}, [*out, "--global-batch-size", 64, *EPOCHS]))
     assert first["meta"]["counts"]["bad_steps"] == 2 and first["error"] is None
@@ -520,7 +520,8 @@ def test_counts_and_facts_go_on_after_a_restart(tmp_path):
                     f"lower .*The newest checkpoint: {tmp_path}/out/checkpoints/step_00000003$",
                     third["error"])
     assert "steps skipped for their gradients: 2; " in third["text"]
-    assert "note: other than in the checkpoint: --max-steps 6 (was 3)\n" in third["text"]
+    assert ("note: other than in the checkpoint: --micro-batch-size 16 (was not given), "
+            "--max-steps 6 (was 3)\n") in third["text"]
     assert third["meta"]["config"]["mean"] == [0.5, 0.4, 0.3]
     assert third["meta"]["vit"]["layernorm_eps"] == 1e-5
     assert half["text"].count("unreadable image") == 1 and half["meta"]["step"] == 5
