@@ -4,6 +4,7 @@ All of it but the JPEG engines runs on any device; here, on the CPU, torchvision
 stands in for them, and its pixels are Pillow's.
 """
 
+import faulthandler
 import io
 import itertools
 import json
@@ -501,13 +502,18 @@ def test_queues_are_asked_for_before_cuda_starts():
 
 def test_a_batch_that_does_not_come_says_where_it_is(monkeypatch, capfd):
     """Of one process no watch says so: the stacks name what the thread is in; then it goes on."""
+    begun, told, dump = threading.Event(), threading.Event(), faulthandler.dump_traceback
+
     def stuck_in_the_decoder():
-        time.sleep(0.5)
-        return torch.tensor(7), None
+        begun.set()
+        return torch.tensor(7), told.wait(20)
+    monkeypatch.setattr(faulthandler, "dump_traceback", lambda: (
+        begun.wait(20), dump(), told.set()))
     monkeypatch.setattr(device_views, "PATIENCE", 0.1)
-    [(batch, _)] = device_views.Ahead(iter([()]), stuck_in_the_decoder, CPU)
-    told = capfd.readouterr().err
-    assert batch == 7 and "no batch of views for 0.1 s" in told and "stuck_in_the_decoder" in told
+    [batch] = device_views.Ahead(iter([()]), stuck_in_the_decoder, CPU)
+    text = capfd.readouterr().err
+    assert batch == (7, True) and "no batch of views for 0.1 s" in text
+    assert "stuck_in_the_decoder" in text
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="workers share memory elsewhere")
