@@ -187,10 +187,11 @@ def _image_size(text: str) -> int | tuple[int, int]:
 
 
 def _numbers(kinds):
+    what = f"{len(kinds)} {'whole ' * (int in kinds)}numbers"
+
     def numbers(text: str) -> tuple:
         try:
             return tuple(kind(value) for kind, value in zip(kinds, text.split(","), strict=True))
         except ValueError as e:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} must be {len(kinds)} numbers with commas between") from e
+            raise argparse.ArgumentTypeError(f"{text!r} must be {what} with commas between") from e
     return numbers

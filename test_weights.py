@@ -1165,6 +1165,7 @@ def test_flags_that_contradict_or_have_no_effect_are_errors(flags, message):
     (EvalConfig, "--precision bf16-O2-fp8", "--precision: invalid choice: 'bf16-O2-fp8'"),
     (EvalConfig, "--image-size 8x8x8", "'8x8x8' must be a side in pixels, or HEIGHT,WIDTH"),
     (EvalConfig, "--std 1", "'1' must be 3 numbers"),
+    (TrainConfig, "--rand-augment 2,9.5", "'2,9.5' must be 2 whole numbers with commas between"),
     (ConvertConfig, "in out --data d", "unknown flag --data"),
     (TrainConfig, "--checkpoint x", "unknown flag --checkpoint"),
     (TrainConfig, "--wandb foo", "'foo' belongs to no flag: none is before it, or one that"),
