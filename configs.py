@@ -215,7 +215,7 @@ class Loader(Checked):
 
     num_workers: int = flag(min(8, CORES), "processes per rank that load images", NOT_NEGATIVE)
     prefetch_factor: int = flag(4, "micro-batches that each worker holds ready", POSITIVE)
-    pin_memory: bool = flag(True, "page-locked host batches (on CUDA)")
+    pin_memory: bool = flag(True, "page-locked host batches (on CUDA, of views by workers)")
     decode: Literal["auto", "cpu", "gpu"] = flag(
         "auto", "who makes the views of JPEG files; gpu: the GPU; cpu: workers (a GPU the "
         "operations of large batches); auto: gpu with JPEG engines, not for small batches")

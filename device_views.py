@@ -348,7 +348,7 @@ class Ahead:
             batch = made.result()
         except BaseException:
             self.close()
-            self.batches = None  # workers end now, not when an error's traceback is collected
+            self.batches = None  # if `make` failed, workers end now, not with the error's traceback
             raise
         if batch[0].is_cuda:  # else its memory could be given away before it was read
             batch[0].record_stream(torch.cuda.current_stream())

@@ -446,6 +446,7 @@ def test_decode_says_who_decodes_or_why_it_cannot(folder, monkeypatch):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     assert "CUDA_DEVICE_MAX_CONNECTIONS" in device_views.engine(torch.device("cuda"))
     monkeypatch.setattr(device_views, "engine", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(device_views, "CORES", 11)
     assert all(choose(decode, source)[0] for decode in ("auto", "gpu"))
     monkeypatch.setattr(device_views, "CORES", 12)
