@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -52,6 +53,8 @@ OTHER = replace(TINY, pool="mean", fc_norm=True, layerscale=0.5, pre_norm=True, 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["testing", "kernels", "peer", "weights", "pytest",
                                 "torch._dynamo", "torchvision.transforms.v2"])
+if os.environ.setdefault("TESTS_OF", str(os.getpid())) == str(os.getpid()):  # not in the server
+    forkserver.ensure_running()  # it imports beside pytest, which collects
 
 
 def _rank_main(rank, world, folder, port, function, args):
