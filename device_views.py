@@ -78,7 +78,10 @@ def choose(config, source, device, batch: int, augmentation="none") -> tuple[str
         if not why_not:
             return "views", f"{told}: gpu, views are made there"
         told += f": cpu ({why_not})"
-    if small or augmentation in ("none", "crop", "crop-flip") or not_beside(device):
+    if small or augmentation in ("none", "crop", "crop-flip"):
+        return None, told
+    if why_not := not_beside(device):
+        told += "" if device.type != "cuda" or why_not in told else f", operations too ({why_not})"
         return None, told
     return "operations", f"{told}, operations on the GPU"
 

@@ -444,7 +444,10 @@ def test_decode_says_who_decodes_or_why_it_cannot(folder, monkeypatch):
     with pytest.raises(ValueError, match="CUDA_DEVICE_MAX_CONNECTIONS=all must be a number"):
         device_views.engine(torch.device("cuda"))
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
-    assert "CUDA_DEVICE_MAX_CONNECTIONS" in device_views.engine(torch.device("cuda"))
+    auto, gpu = replace(CONFIG, decode="auto"), torch.device("cuda")
+    why_not = device_views.engine(gpu)
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" in why_not
+    assert device_views.choose(auto, source, gpu, 999, "nemo")[1] == f"decode auto: cpu ({why_not})"
     monkeypatch.setattr(device_views, "engine", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(device_views, "CORES", 11)
@@ -489,9 +492,12 @@ def test_what_a_gpu_makes(folder, monkeypatch, decode, no_engine, augmentation, 
     if made == "operations":
         drawn = device_views.choose(config, samples.Shapes(HW, "train"), gpu, batch, augmentation)
         assert drawn[0] == made and drawn[1].endswith(", operations on the GPU")
-        assert device_views.choose(config, source, CPU, batch, augmentation)[0] is None
+        cpu = told.removesuffix(", operations on the GPU")
+        assert device_views.choose(config, source, CPU, batch, augmentation) == (
+            None, f"decode {cpu}")
         monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "31")
-        assert device_views.choose(config, source, gpu, batch, augmentation)[0] is None
+        found = device_views.choose(config, source, gpu, batch, augmentation)
+        assert found == (None, f"decode {cpu}, operations too ({device_views.not_beside(gpu)})")
 
 
 def test_queues_are_asked_for_before_cuda_starts():
