@@ -342,7 +342,7 @@ def test_a_small_folder_gets_a_recipe_that_fits_it(tmp_path):
     output = run_command(
         train.main, *argv, "--model", "demo", "--num-workers", 0, "--max-steps", 2, "--precision",
         "fp32", "--warmup-epochs", 1.2, "--log-interval", 1, "--output-dir", tmp_path / "output")
-    assert "recipe small, the default here; others: demo, pretrain" in output
+    assert "recipe small, the default here, of demo, pretrain" in output
     rates = [float(rate) for rate in re.findall(r"\| lr (\S+) ", output)]
     assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3], rel=1e-2)  # 1.2 x 160 / 64 = 3 steps
 

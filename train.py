@@ -245,8 +245,7 @@ def open_output(config: TrainConfig, grid: Grid, start: Start) -> None:
 def choose_start(config: TrainConfig, vit: ViTConfig, given: dict, start: Start):
     """(config, vit) with what weights bring along, which `start` gets."""
     if "recipe" not in given:
-        start.news.insert(0, f"recipe {config.recipe}, the default here; others: "
-                             f"{', '.join(RECIPES)}")
+        start.news.insert(0, f"recipe {config.recipe}, the default here, of {', '.join(RECIPES)}")
     if config.init_from is None and not start.candidates:
         if config.recipe in FINE_TUNING and not config.dry_run:
             raise ValueError(f"--recipe {config.recipe} needs --init-from WEIGHTS: a checkpoint or "
