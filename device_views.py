@@ -80,10 +80,10 @@ def choose(config, source, device, batch: int, augmentation="none") -> tuple[str
         told += f": cpu ({why_not})"
     if small or augmentation in ("none", "crop", "crop-flip"):
         return None, told
-    if why_not := not_beside(device):
-        told += "" if device.type != "cuda" or why_not in told else f", operations too ({why_not})"
-        return None, told
-    return "operations", f"{told}, operations on the GPU"
+    why_not = not_beside(device)
+    if why_not and device.type == "cuda" and why_not not in told:
+        told += f", operations too ({why_not})"
+    return (None, told) if why_not else ("operations", f"{told}, operations on the GPU")
 
 
 def not_beside(device: torch.device) -> str | None:

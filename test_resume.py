@@ -530,6 +530,8 @@ def test_counts_and_facts_go_on_after_a_restart(tmp_path):
     assert (end["meta"]["step"], end["meta"]["images_seen"]) == (5 + 7, 5 * 32 + 7 * 64)
     assert "was to take 20 steps, and takes 12 now" in end["text"]
     assert "checkpoint: --global-batch-size 64 (was 32), --save-interval 0 (was 5)\n" in end["text"]
+    seen = [*range(32, 5 * 32 + 1, 32), *range(5 * 32 + 64, 5 * 32 + 7 * 64 + 1, 64)]
+    assert [x["epoch"] for x in end["lines"] if "loss" in x] == [n / 320 for n in seen]
     rates = [x["lr"] for x in end["lines"] if "loss" in x]
     assert rates[5] == pytest.approx(2e-3 * (160 / 64 + 1) / 5)  # in the warm-up of 5 steps
     assert rates[-1] == pytest.approx(1e-5)
